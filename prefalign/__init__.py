@@ -1,0 +1,60 @@
+"""prefalign: fused kernels and a thin trainer for aligning language models with preferences.
+
+The public names are imported when they are first used, so that ``import prefalign`` and
+``prefalign --version`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+_HOMES = {
+    "token_logps": "kernels.token_logps",
+    "linear_token_logps": "kernels.linear_token_logps",
+    "linear_token_logps_triple": "kernels.linear_token_logps_triple",
+    "sequence_logps": "kernels.sequence_logps",
+    "preference_loss": "kernels.preference_loss",
+    "noise_aware_loss": "kernels.noise_aware_loss",
+    "pairwise_preference_logits": "kernels.pairwise_preference_logits",
+    "plan_head": "kernels.plan",
+    "HeadPlan": "kernels.plan",
+    "SPA": "spa",
+    "SPASettings": "config",
+    "PreferenceTrainer": "trainer",
+    "NoiseAwareTrainer": "noise_aware",
+    "PackedBatch": "packing",
+    "Group": "packing",
+    "pack": "packing",
+    "UserError": "errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .config import SPASettings
+    from .errors import UserError
+    from .kernels.linear_token_logps import linear_token_logps
+    from .kernels.linear_token_logps_triple import linear_token_logps_triple
+    from .kernels.noise_aware_loss import noise_aware_loss
+    from .kernels.pairwise_preference_logits import pairwise_preference_logits
+    from .kernels.plan import HeadPlan, plan_head
+    from .kernels.preference_loss import preference_loss
+    from .kernels.sequence_logps import sequence_logps
+    from .kernels.token_logps import token_logps
+    from .noise_aware import NoiseAwareTrainer
+    from .packing import Group, PackedBatch, pack
+    from .spa import SPA
+    from .trainer import PreferenceTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
