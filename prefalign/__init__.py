@@ -31,7 +31,26 @@ _HOMES = {
     "UserError": "errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "__version__",
+    "token_logps",
+    "linear_token_logps",
+    "linear_token_logps_triple",
+    "sequence_logps",
+    "preference_loss",
+    "noise_aware_loss",
+    "pairwise_preference_logits",
+    "plan_head",
+    "HeadPlan",
+    "SPA",
+    "SPASettings",
+    "PreferenceTrainer",
+    "NoiseAwareTrainer",
+    "PackedBatch",
+    "Group",
+    "pack",
+    "UserError",
+]
 
 if TYPE_CHECKING:
     from .config import SPASettings

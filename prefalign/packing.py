@@ -47,7 +47,7 @@ class PackedBatch:
         input_ids: Token ids, int64 ``[T]``.
         position_ids: Each token's position, int64 ``[T]``; restarts with every segment, and goes on
             from the parent's end where there is one.
-        cu_seqlens: Segment s is ``cu_seqlens[s]:cu_seqlens[s + 1]`` of the tokens, int32 ``[S + 1]``.
+        cu_seqlens: Segment s is tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``, int32 ``[S + 1]``.
         parents: The segment whose keys s also sees, or -1, int32 ``[S]``.
         max_seqlen: Tokens in the longest segment.
         target_rows: The token whose hidden state predicts each target, int64 ``[N]``.

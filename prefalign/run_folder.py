@@ -1,4 +1,4 @@
-"""The output folder of a run: what was asked for, what is finished, and writing that survives a kill.
+"""The output folder of a run: what was asked for, what is finished, and writes that are whole.
 
 A run is a list of named stages. A stage leaves its files, each written under a temporary name and
 renamed, and is then entered in ``state.json``; a run that is taken up again skips what is entered
@@ -116,6 +116,8 @@ class StepLog:
 class RunFolder:
     """An output folder and the stages that it holds.
 
+    Making one only looks; ``begin`` writes, when everything else has been found in order.
+
     Args:
         path: The folder.
         algorithm: Name of the algorithm that runs.
@@ -145,52 +147,58 @@ class RunFolder:
         identity = {name: value for name, value in settings.items() if name not in _NOT_IDENTITY}
         if resume and overwrite:
             raise RunError("resume and overwrite: expected one of them at most, got both")
-        if main_process:
-            self._open(algorithm, identity, resume=resume, overwrite=overwrite)
+        self._start = {
+            "algorithm": algorithm,
+            "settings": identity,
+            "versions": _versions(),
+            "finished": {},
+        }
+        self._overwrite = overwrite
         self.metrics = StepLog(self.path / "metrics.jsonl")
+        if main_process:
+            self._look(resume=resume, overwrite=overwrite)
 
-    def _open(self, algorithm: str, identity: dict[str, Any], *, resume: bool, overwrite: bool):
+    def _look(self, *, resume: bool, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"output_dir: {self.path} is a file, expected a folder")
         if self._state_path.exists():
             state = json.loads(self._state_path.read_text("utf-8"))
-            if overwrite:
-                remove(self.path)
-            elif not resume:
+            if not resume and not overwrite:
                 raise RunError(
                     f"output_dir: {self.path} already holds a run; continue it with "
                     "--resume, replace it with --overwrite, or name another folder"
                 )
-            elif changed := [
+            changed = [
                 change
                 for change in _differences(
                     {"algorithm": state["algorithm"], **state["settings"]},
-                    {"algorithm": algorithm, **identity},
+                    {"algorithm": self._start["algorithm"], **self._start["settings"]},
                 )
                 if not change.startswith(_CHANGEABLE)
-            ]:
+            ]
+            if resume and changed:
                 raise RunError(
                     f"output_dir: {self.path} holds another run and cannot be resumed with "
                     f"other settings: {'; '.join(changed)}"
                 )
-            else:
-                return
         elif self.path.exists() and any(self.path.iterdir()):
             raise RunError(f"output_dir: {self.path} is not empty and does not hold a run")
+
+    def begin(self) -> None:
+        """Make the folder, or go on with the one that is there."""
+        if not self.main_process:
+            return
+        if self._overwrite:
+            remove(self.path)
+        if self._state_path.exists():
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
         with written_whole(self.path / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(identity, sort_keys=False), "utf-8")
-        self._write_state(
-            {
-                "algorithm": algorithm,
-                "settings": identity,
-                "versions": _versions(),
-                "finished": {},
-            }
-        )
+            temporary.write_text(yaml.safe_dump(self._start["settings"], sort_keys=False), "utf-8")
+        self._write_state(self._start)
 
     def _write_state(self, state: dict[str, Any]) -> None:
         write_json(self._state_path, state)

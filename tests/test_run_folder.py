@@ -13,6 +13,13 @@ from prefalign.run_folder import (
     written_whole,
 )
 
+
+def begin(*args, **kwargs):
+    run = RunFolder(*args, **kwargs)
+    run.begin()
+    return run
+
+
 SETTINGS = {"output_dir": "x", "resume": False, "beta": 0.1, "gauge": {"on_collapse": "warn"}}
 
 
@@ -35,7 +42,7 @@ def test_written_whole_replaces_a_folder(tmp_path):
 
 
 def test_a_stage_is_finished_for_the_run_that_resumes(tmp_path):
-    run = RunFolder(tmp_path / "run", "spa", SETTINGS)
+    run = begin(tmp_path / "run", "spa", SETTINGS)
     assert run.finished("seed") is None
     run.finish("seed", steps=5)
     again = RunFolder(tmp_path / "run", "spa", {**SETTINGS, "resume": True}, resume=True)
@@ -43,38 +50,43 @@ def test_a_stage_is_finished_for_the_run_that_resumes(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):
-    RunFolder(tmp_path / "run", "spa", SETTINGS)
+    begin(tmp_path / "run", "spa", SETTINGS)
     with pytest.raises(RunError, match="already holds a run; continue it with --resume"):
         RunFolder(tmp_path / "run", "spa", SETTINGS)
 
 
 def test_resuming_with_other_settings_names_them(tmp_path):
-    RunFolder(tmp_path / "run", "spa", SETTINGS)
+    begin(tmp_path / "run", "spa", SETTINGS)
     with pytest.raises(RunError, match="other settings: beta was 0.1, is 0.2$"):
         RunFolder(tmp_path / "run", "spa", {**SETTINGS, "beta": 0.2}, resume=True)
 
 
 def test_what_a_collapse_does_may_change_on_resuming(tmp_path):
-    RunFolder(tmp_path / "run", "spa", SETTINGS)
+    begin(tmp_path / "run", "spa", SETTINGS)
     RunFolder(tmp_path / "run", "spa", {**SETTINGS, "gauge": {"on_collapse": "stop"}}, resume=True)
 
 
 def test_resuming_with_another_algorithm_is_refused(tmp_path):
-    RunFolder(tmp_path / "run", "spa", SETTINGS)
+    begin(tmp_path / "run", "spa", SETTINGS)
     with pytest.raises(RunError, match="algorithm was 'spa', is 'ple'"):
         RunFolder(tmp_path / "run", "ple", SETTINGS, resume=True)
 
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
-    run = RunFolder(tmp_path / "run", "spa", SETTINGS)
+    run = begin(tmp_path / "run", "spa", SETTINGS)
     run.finish("seed")
-    assert RunFolder(tmp_path / "run", "spa", SETTINGS, overwrite=True).finished("seed") is None
+    assert begin(tmp_path / "run", "spa", SETTINGS, overwrite=True).finished("seed") is None
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.tex").write_text("years of work")
     with pytest.raises(RunError, match="is not empty and does not hold a run"):
         RunFolder(other, "spa", SETTINGS, overwrite=True)
     assert (other / "chapter.tex").exists()
+
+
+def test_looking_at_a_folder_writes_nothing(tmp_path):
+    RunFolder(tmp_path / "run", "spa", SETTINGS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):

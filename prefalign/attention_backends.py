@@ -1,0 +1,227 @@
+"""The kernels behind packed attention; the first that is exact for a call runs.
+
+=========================  ============================  ==========================================
+backend                    where                         what it leaves to the next
+=========================  ============================  ==========================================
+flash-attn                 CUDA, half precision, Ampere  head sizes above 256, unequal or no
+                           or newer, when importable     multiple of 8
+torch's ``varlen_attn``    the same, with torch 2.11 or  the same; a soft cap; attention dropout;
+                           newer instead                 windows without causality
+SDPA, one call a segment   anywhere else                 a soft cap
+eager, segment by segment  anywhere                      nothing: holds one segment's scores
+=========================  ============================  ==========================================
+
+The last two read the segments' bounds on the host, which on a GPU is a sync in every layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLASH_MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class PackedCall:
+    """One layer's attention, as the backends take it: T queries, T_k keys, all segments packed."""
+
+    query: Tensor  # [T, H, E]
+    key: Tensor  # [T_k, H_kv, E]
+    value: Tensor  # [T_k, H_kv, E_v]
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    scale: float
+    window: int | None  # keys that a query sees, itself included
+    softcap: float | None
+    causal: bool
+    dropout: float
+
+    @property
+    def flash_window(self) -> tuple[int, int]:
+        """Keys seen before and after a query, as flash-attn counts them: -1 is all."""
+        left = -1 if self.window is None else self.window - 1
+        if self.causal:
+            return left, 0
+        return left, left
+
+
+def backend_for(call: PackedCall) -> Callable[[PackedCall], Tensor]:
+    """Return the first backend that is exact for ``call``."""
+    size = call.query.shape[-1]
+    if (
+        call.query.is_cuda
+        and call.query.dtype in (torch.float16, torch.bfloat16)
+        and size == call.value.shape[-1]
+        and size <= _FLASH_MAX_HEAD_SIZE
+        and size % 8 == 0
+        and _has_flash(call.query.device)
+    ):
+        if _flash_attn() is not None:
+            return _attend_flash
+        plain = call.softcap is None and not call.dropout
+        if plain and (call.causal or call.window is None) and _varlen_parameters():
+            return _attend_varlen
+    return _attend_eager if call.softcap is not None else _attend_sdpa
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """Return whether flash attention runs there: ROCm, or NVIDIA's Ampere and newer."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _flash_attn() -> Callable[..., Tensor] | None:
+    """Return flash-attn's packed attention, or None where it is not installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    """Return what torch's packed attention takes; nothing where it is missing or too old."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    parameters = frozenset(inspect.signature(varlen_attn).parameters)
+    return parameters if {"scale", "window_size"} <= parameters else frozenset()
+
+
+def _attend_flash(call: PackedCall) -> Tensor:
+    attend = _flash_attn()
+    assert attend is not None
+    return attend(
+        call.query,
+        call.key,
+        call.value,
+        call.cu_q,
+        call.cu_k,
+        call.max_q,
+        call.max_k,
+        dropout_p=call.dropout,
+        softmax_scale=call.scale,
+        causal=call.causal,
+        window_size=call.flash_window,
+        softcap=call.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _attend_varlen(call: PackedCall) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    key, value = call.key, call.value
+    options: dict[str, Any] = {}
+    if (groups := call.query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in _varlen_parameters():
+            options["enable_gqa"] = True
+        else:
+            # torch 2.11 leaves grouped heads undocumented.
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    attend: Any = varlen_attn  # its type allows for extras that are not asked for
+    return attend(
+        call.query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        call.cu_q,
+        call.cu_k,
+        call.max_q,
+        call.max_k,
+        scale=call.scale,
+        window_size=call.flash_window,
+        **options,
+    )
+
+
+def _segments(call: PackedCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each segment's queries, keys and values, ``[heads, length, size]``."""
+    bounds_q = call.cu_q.tolist()
+    bounds_k = bounds_q if call.cu_k is call.cu_q else call.cu_k.tolist()
+    for s in range(len(bounds_q) - 1):
+        queries = slice(bounds_q[s], bounds_q[s + 1])
+        keys = slice(bounds_k[s], bounds_k[s + 1])
+        yield (
+            call.query[queries].transpose(0, 1),
+            call.key[keys].transpose(0, 1),
+            call.value[keys].transpose(0, 1),
+        )
+
+
+def _visible(call: PackedCall, num_q: int, num_k: int) -> Tensor | None:
+    """Return which keys each query sees, bool ``[num_q, num_k]``; None means all of them."""
+    window = call.window if call.window is not None and call.window < num_k else None
+    if not call.causal and window is None:
+        return None
+    device = call.query.device
+    # The last query and the last key are the same token.
+    ahead = (
+        torch.arange(num_q, device=device)[:, None]
+        + (num_k - num_q)
+        - torch.arange(num_k, device=device)
+    )
+    visible = ahead >= 0 if call.causal else torch.ones_like(ahead, dtype=torch.bool)
+    if window is not None:
+        visible &= ahead < window
+        if not call.causal:
+            visible &= ahead > -window
+    return visible
+
+
+def _attend_sdpa(call: PackedCall) -> Tensor:
+    groups = call.query.shape[1] // call.key.shape[1]
+    outputs = []
+    for query, key, value in _segments(call):
+        num_q, num_k = query.shape[1], key.shape[1]
+        plain = num_q == num_k and (call.window is None or call.window >= num_k)
+        visible = None if plain else _visible(call, num_q, num_k)
+        # Elsewhere than here, grouped heads would send SDPA to the kernel that keeps all scores.
+        grouped = groups > 1 and visible is None and not query.is_cuda
+        if groups > 1 and not grouped:
+            key, value = (x.repeat_interleave(groups, dim=0) for x in (key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[None],
+                key[None],
+                value[None],
+                attn_mask=visible,
+                dropout_p=call.dropout,
+                is_causal=call.causal and visible is None,
+                scale=call.scale,
+                enable_gqa=grouped,
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(outputs)
+
+
+def _attend_eager(call: PackedCall) -> Tensor:
+    """Attend with all of one segment's scores in memory; softmax in float32 or better."""
+    groups = call.query.shape[1] // call.key.shape[1]
+    outputs = []
+    for query, key, value in _segments(call):
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=0) for x in (key, value))
+        scores = torch.matmul(query, key.transpose(1, 2)) * call.scale
+        if call.softcap is not None:
+            scores = torch.tanh(scores / call.softcap) * call.softcap
+        visible = _visible(call, query.shape[1], key.shape[1])
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=dtype).to(value.dtype)
+        weights = F.dropout(weights, p=call.dropout)
+        outputs.append(torch.matmul(weights, value).transpose(0, 1))
+    return torch.cat(outputs)

@@ -1,0 +1,454 @@
+"""The parts that an algorithm is put together from: load, train, generate, score, evaluate.
+
+Each part is a stage of a run folder: it does its work once, leaves files, and on a resumed run
+returns what the files hold. Work over many prompts is cut into chunks, each with a seed and a file
+of its own, so a chunk's content depends neither on what ran before nor on how many processes there
+are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import statistics
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from .config import GenerationSettings, SPASettings
+from .data import as_text
+from .errors import RunError
+from .generation import Generator, TransformersGenerator, VLLMGenerator
+from .models import check_finite, load_model, load_tokenizer, score, verify_head
+from .packing import Group
+from .references import is_peft, reference_of
+from .run_folder import (
+    RunFolder,
+    read_rows,
+    remove,
+    require_space,
+    write_json,
+    write_rows,
+    written_whole,
+)
+from .trainer import (
+    Groups,
+    MetricsCallback,
+    PreferenceTrainer,
+    QuietProgress,
+    sorted_checkpoints,
+    training_arguments,
+)
+
+Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
+INIT = "init"
+"""The stage whose weights are the model that the run was given, π_init."""
+
+
+def stage_seed(seed: int, *names: str | int) -> int:
+    """Return a seed for one piece of work, the same in every process and on every resume."""
+    return zlib.crc32(":".join(map(str, (seed, *names))).encode()) & 0x7FFFFFFF
+
+
+class Pipeline:
+    """The parts, over one run folder and one copy of the policy's weights.
+
+    Args:
+        settings: The run's settings.
+        algorithm: Name of the algorithm.
+    """
+
+    def __init__(self, settings: SPASettings, algorithm: str):
+        self.settings = settings
+        self.process = PartialState()
+        self.run = RunFolder(
+            settings.output_dir,
+            algorithm,
+            settings.as_dict(),
+            resume=settings.resume,
+            overwrite=settings.overwrite,
+            main_process=self.process.is_main_process,
+        )
+        self.training_arguments(INIT, num_pairs=1, epochs=1)  # for what it refuses
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            settings.model.tokenizer or settings.model.path
+        )
+        self.policy: torch.nn.Module | None = None
+        self.holds: str | None = None
+
+    def begin(self) -> None:
+        """Open the run folder for writing."""
+        self.run.begin()
+        self.process.wait_for_everyone()
+
+    # The policy
+
+    def folder(self, stage: str) -> Path:
+        """Return the folder of a stage's files."""
+        return self.run.path / stage
+
+    def load(self, stage: str) -> torch.nn.Module:
+        """Return the policy with the weights that ``stage`` ended with."""
+        if self.holds != stage:
+            self.policy = None  # frees the old weights before the new ones are read
+            self.policy = self.read_model(stage)
+            self.holds = stage
+        assert self.policy is not None
+        return self.policy
+
+    def read_model(self, stage: str) -> torch.nn.Module:
+        """Read the model of a stage beside the policy."""
+        model = self.settings.model
+        torch.manual_seed(stage_seed(self.settings.seed, "adapter"))  # a fresh adapter is random
+        adapter = None if stage == INIT else self.folder(stage) / "model"
+        if stage != INIT and model.lora.r == 0:
+            return load_model(str(adapter), dtype=model.dtype, device=self.process.device)
+        return load_model(
+            model.path,
+            dtype=model.dtype,
+            device=self.process.device,
+            lora=model.lora,
+            adapter=adapter,
+        )
+
+    def check_model(self) -> None:
+        """Refuse a model with NaN in its weights, or whose logits the fused head cannot match."""
+        policy = self.load(INIT)
+        check_finite(policy)
+        verify_head(policy)
+        trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        size = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        models = size * (2 + self.settings.iterations)
+        checkpoint = 2 * (size + 8 * trained)  # the new one is written before the old one goes
+        require_space(self.run.path, models + checkpoint)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the policy knows."""
+        return self.load(self.holds or INIT).get_input_embeddings().weight.shape[0]
+
+    # Training
+
+    def train(
+        self,
+        stage: str,
+        start: str,
+        groups: Sequence[Group],
+        *,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        trainer_class: type[PreferenceTrainer] = PreferenceTrainer,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Train ``start``'s weights on ``groups`` and keep the result as ``stage``'s.
+
+        Args:
+            stage: Name of the stage.
+            start: The stage whose weights to start from.
+            groups: Pairs, chosen first.
+            epochs: Epochs over them.
+            max_steps: Optimiser steps, in the place of ``epochs``.
+            trainer_class: The trainer.
+            **kwargs: Its further arguments; a callable ``reference`` is called to make one.
+
+        Returns:
+            The facts kept of the stage: ``steps``, ``pairs``.
+        """
+        if facts := self.run.finished(stage):
+            return facts
+        settings = self.settings
+        self.holds = None if self.holds != start else self.holds
+        policy = self.load(start)
+        if callable(reference := kwargs.get("reference")):
+            kwargs["reference"] = reference(policy)
+        checkpoints = self.folder(stage) / "checkpoints"
+        arguments = self.training_arguments(
+            stage, num_pairs=len(groups), epochs=epochs, max_steps=max_steps
+        )
+        self.holds = None  # from here on the weights are neither the old stage's nor the new one's
+        trainer = trainer_class(
+            model=policy,
+            args=arguments,
+            train_dataset=Groups(groups),
+            max_tokens=settings.training.max_tokens,
+            beta=settings.beta,
+            callbacks=[MetricsCallback(lambda step, logs: self._log(stage, step, logs))],
+            **kwargs,
+        )
+        _quiet(trainer)
+        done = sorted_checkpoints(checkpoints)
+        last = done[-1] if done else None
+        if self.process.is_main_process:
+            step = int(last.name.rsplit("-", 1)[1]) if last else 0
+            self.run.metrics.rewind(stage, step)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        facts = {"steps": trainer.state.global_step, "pairs": len(groups), "start": start}
+        facts |= self._after_training(stage, trainer)
+        if self.process.is_main_process:
+            with written_whole(self.folder(stage) / "model") as temporary:
+                trained = trainer.accelerator.unwrap_model(trainer.model)
+                # Of the two adapters that a LoRA run holds, the policy's and π_{i-1}'s.
+                only = {"selected_adapters": [trained.active_adapter]} if is_peft(trained) else {}
+                trained.save_pretrained(temporary, **only)
+                self.tokenizer.save_pretrained(temporary)
+        self.run.finish(stage, **facts)
+        if self.process.is_main_process:
+            remove(checkpoints)
+        self.process.wait_for_everyone()
+        self.holds = stage
+        return facts
+
+    def training_arguments(self, stage: str, **counts: Any) -> TrainingArguments:
+        """Return transformers' arguments for a stage.
+
+        Raises:
+            RunError: A setting is not one that transformers takes.
+        """
+        return training_arguments(
+            self.settings.training,
+            self.folder(stage) / "checkpoints",
+            seed=stage_seed(self.settings.seed, stage),
+            num_processes=self.process.num_processes,
+            **counts,
+        )
+
+    def _after_training(self, stage: str, trainer: PreferenceTrainer) -> dict[str, Any]:
+        """Keep what a trainer learned besides the weights; an algorithm may override it."""
+        return {}
+
+    def _log(self, stage: str, step: int, logs: dict[str, float]) -> None:
+        self.run.metrics.append([{"stage": stage, "step": step, **logs}])
+
+    # Work over many rows, in chunks
+
+    def chunked(
+        self,
+        name: str,
+        rows: Sequence[Any],
+        work: Callable[[Sequence[Any], int], list[dict[str, Any]]],
+        size: int,
+    ) -> list[dict[str, Any]]:
+        """Run ``work`` over chunks of ``rows``, each once, and return all that it returned.
+
+        Args:
+            name: Folder of the chunks' files, under the run's.
+            rows: The rows.
+            work: Called as ``work(chunk, seed)``; returns a JSON object for each row.
+            size: Rows in a chunk.
+        """
+        folder = self.run.path / name
+        count = math.ceil(len(rows) / size)
+        files = [folder / f"{chunk:06d}.jsonl" for chunk in range(count)]
+        bar = tqdm(
+            total=len(rows), desc=name, disable=not self.process.is_local_main_process, leave=False
+        )
+        with bar:
+            for chunk, file in enumerate(files):
+                part = rows[chunk * size : (chunk + 1) * size]
+                if not file.exists() and chunk % self.process.num_processes == (
+                    self.process.process_index
+                ):
+                    write_rows(file, work(part, stage_seed(self.settings.seed, name, chunk)))
+                bar.update(len(part))
+        self.process.wait_for_everyone()
+        return [row for file in files for row in read_rows(file)]
+
+    def generate(
+        self,
+        name: str,
+        stage: str,
+        prompts: Dataset,
+        *,
+        samples: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Sample responses to each prompt from ``stage``'s policy.
+
+        Returns:
+            A row for each prompt: ``prompt_ids`` and, for each response, ``ids`` and ``cut``.
+        """
+        generation = self.settings.generation
+        prompt_ids = [list(ids) for ids in prompts["prompt_ids"]]
+        generator: Generator | None = None  # made when there is something left to generate
+
+        def work(chunk: Sequence[list[int]], seed: int) -> list[dict[str, Any]]:
+            nonlocal generator
+            if generator is None:
+                generator = self._generator(stage, samples or generation.samples_per_prompt)
+            return [
+                {
+                    "prompt_ids": ids,
+                    "ids": [list(c.ids) for c in completions],
+                    "cut": [c.cut for c in completions],
+                }
+                for ids, completions in zip(
+                    chunk, generator.generate(chunk, seed=seed), strict=True
+                )
+            ]
+
+        return self.chunked(name, prompt_ids, work, generation.chunk_size)
+
+    def _generator(self, stage: str, samples: int) -> Generator:
+        g: GenerationSettings = self.settings.generation
+        kwargs = {
+            "samples_per_prompt": samples,
+            "temperature": g.temperature,
+            "top_p": g.top_p,
+            "max_new_tokens": g.max_new_tokens,
+        }
+        if g.backend == "vllm":
+            return VLLMGenerator(self.load(stage), self.tokenizer, **kwargs)
+        return TransformersGenerator(
+            self.load(stage), self.tokenizer, batch_size=g.batch_size, **kwargs
+        )
+
+    def score(self, name: str, stage: str, groups: Sequence[Group]) -> list[list[float]]:
+        """Return the log-prob of each group's responses, summed over tokens, under a policy."""
+        size = self.settings.generation.chunk_size
+
+        def work(chunk: Sequence[Group], seed: int) -> list[dict[str, Any]]:
+            max_tokens = self.settings.training.max_tokens
+            with self.scorer(stage) as model:
+                return [{"logps": x} for x in score(model, chunk, max_tokens=max_tokens)]
+
+        return [row["logps"] for row in self.chunked(name, groups, work, size)]
+
+    @contextlib.contextmanager
+    def scorer(self, stage: str) -> Iterator[torch.nn.Module]:
+        """Give the model of a stage: π_init is the policy itself, where its adapter can be off."""
+        if stage == INIT and self.policy is not None and is_peft(self.policy):
+            with reference_of(self.policy).use() as model:
+                yield model
+        else:
+            yield self.load(stage)
+
+    # Evaluation
+
+    def evaluate(self, models: Sequence[tuple[str, str]], prompts: Dataset, reward: Reward) -> None:
+        """Sample a response to each prompt from each model and compare rewards with the first's.
+
+        Writes ``evaluation/<stage>.jsonl`` and ``evaluation.json``.
+
+        Args:
+            models: Stage and shown name of each model; the first is the baseline.
+            prompts: Tokenised prompts.
+            reward: The reward.
+        """
+        texts = [as_text(prompt) for prompt in prompts["prompt"]]
+        rewards: dict[str, list[float]] = {}
+        table = []
+        for stage, name in models:
+            rows = self.generate(f"evaluation/{stage}/generated", stage, prompts, samples=1)
+            completions = [self.decode(row["ids"][0]) for row in rows]
+            rewards[stage] = call_reward(reward, texts, completions)
+            tokens = [len(row["ids"][0]) for row in rows]
+            cut = [row["cut"][0] for row in rows]
+            if self.process.is_main_process:
+                write_rows(
+                    self.run.path / "evaluation" / f"{stage}.jsonl",
+                    (
+                        dict(
+                            zip(
+                                ("prompt", "completion", "reward", "tokens", "cut"),
+                                row,
+                                strict=True,
+                            )
+                        )
+                        for row in zip(texts, completions, rewards[stage], tokens, cut, strict=True)
+                    ),
+                )
+            baseline = rewards[models[0][0]]
+            wins = [
+                0.5 + 0.5 * ((ours > theirs) - (ours < theirs))
+                for ours, theirs in zip(rewards[stage], baseline, strict=True)
+            ]
+            table.append(
+                {
+                    "name": name,
+                    "key": stage,
+                    "win_rate": statistics.fmean(wins),
+                    "win_rate_stderr": statistics.pstdev(wins) / math.sqrt(len(wins)),
+                    "mean_reward": statistics.fmean(rewards[stage]),
+                    "mean_tokens": statistics.fmean(tokens),
+                    "cut_share": statistics.fmean(cut),
+                    "steps": self.steps_of(stage),
+                    "prompts": len(texts),
+                }
+            )
+        if self.process.is_main_process:
+            write_json(self.run.path / "evaluation.json", table)
+
+    def steps_of(self, stage: str) -> int:
+        """Return the optimiser steps between π_init and a stage's weights."""
+        steps = 0
+        while stage != INIT:
+            facts = self.run.finished(stage)
+            assert facts is not None, f"{stage} is not finished"
+            steps += facts["steps"]
+            stage = facts["start"]
+        return steps
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return a response's text."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load_reward(name: str) -> Reward:
+    """Import a reward function, named ``file.py:function`` or ``module:function``."""
+    place, _, function = name.rpartition(":")
+    try:
+        if not place or not function:
+            raise RunError(f"expected file.py:function or module:function, got {name!r}")
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, function)
+    except (RunError, ImportError, OSError, AttributeError, SyntaxError) as error:
+        raise RunError(f"evaluation.reward: {name}: {error}") from None
+
+
+def call_reward(reward: Reward, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Call a reward function and check what it returned.
+
+    Raises:
+        RunError: It returned too few or too many values, or something that is not a finite number.
+    """
+    values = reward(prompts, completions)
+    if len(values) != len(completions):
+        raise RunError(
+            f"evaluation.reward: expected {len(completions)} values, one for each completion, "
+            f"got {len(values)}"
+        )
+    bad = [
+        i
+        for i, value in enumerate(values)
+        if isinstance(value, str | bytes) or value is None or not math.isfinite(value)
+    ]
+    if bad:
+        rows = ", ".join(map(str, bad[:5]))
+        raise RunError(
+            f"evaluation.reward: expected finite numbers, got {json.dumps(str(values[bad[0]]))} "
+            f"(rows {rows}{' and more' if len(bad) > 5 else ''})"
+        )
+    return [float(value) for value in values]
+
+
+def _quiet(trainer: PreferenceTrainer) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress)

@@ -1,0 +1,175 @@
+"""SPA end to end, on a tiny model: what it leaves, and that a killed run ends the same."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from datasets import load_dataset
+from spa_run import ENVIRONMENT, command, final_weights, prepare, run
+
+from prefalign.run_folder import read_rows
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """One run from beginning to end, its options, and how long it took."""
+    folder = tmp_path_factory.mktemp("spa")
+    options = prepare(folder)
+    start = time.monotonic()
+    done = run({**options, "output_dir": folder / "run"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, options, done, time.monotonic() - start
+
+
+def test_it_ends_with_the_table_and_the_reports_path(whole_run):
+    folder, _, done, _ = whole_run
+    for name in ("SFT", "seed DPO", "seed DPO, as many steps", "SPA 1", "SPA 2", "DPO, all labels"):
+        assert name in done.stdout
+    assert done.stdout.rstrip().endswith(str(folder / "run" / "report.html"))
+    assert (folder / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_the_folder_can_be_read(whole_run):
+    folder = whole_run[0] / "run"
+    rows = load_dataset("json", data_files=str(folder / "iteration-1" / "pairs.jsonl"))["train"]
+    assert {"prompt", "chosen", "rejected", "chosen_reward", "rejected_reward", "noisy"} <= set(
+        rows.column_names
+    )
+    assert all(r["chosen_reward"] > r["rejected_reward"] for r in rows)
+    assert all(0.5 < r["preference"] <= 1 for r in rows)
+    assert any(r["noisy"] is not None for r in rows)
+    responses = read_rows(folder / "iteration-1" / "responses.jsonl")
+    assert len(responses) == 6  # half of the prompts
+    assert all(len(r["responses"]) == len(r["rewards"]) == len(r["cut"]) == 2 for r in responses)
+    metrics = read_rows(folder / "metrics.jsonl")
+    assert {m["stage"] for m in metrics} == {
+        "seed", "iteration-1", "iteration-2", "control", "all-labels",
+    }  # fmt: skip
+    gauge = read_rows(folder / "gauge.jsonl")
+    assert [g["stage"] for g in gauge] == ["iteration-1", "iteration-2"]
+    assert all(g["held_out_pairs"] == 4 for g in gauge)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation[0]["key"] == "init" and evaluation[0]["win_rate"] == 0.5
+    steps = {row["key"]: row["steps"] for row in evaluation}
+    assert steps["control"] == steps["all-labels"] == steps["iteration-2"] > steps["seed"]
+    assert not list(folder.rglob("checkpoint-*")) and not list(folder.rglob("*.partial"))
+
+
+def test_the_iterations_prompts_are_disjoint(whole_run):
+    folder = whole_run[0] / "run"
+    one, two = (
+        {r["prompt"] for r in read_rows(folder / f"iteration-{i}" / "responses.jsonl")}
+        for i in (1, 2)
+    )
+    assert not one & two and len(one | two) == 12
+
+
+def test_training_changes_the_weights_each_time(whole_run):
+    folder = whole_run[0] / "run"
+    stages = ["seed", "iteration-1", "iteration-2", "control", "all-labels"]
+    found = [final_weights(folder, stage) for stage in stages]
+    for i, a in enumerate(found):
+        assert all(not torch.equal(a, b) for b in found[:i])
+
+
+def test_a_run_killed_at_random_points_ends_in_the_same_weights(whole_run):
+    folder, options, _, seconds = whole_run
+    chosen = random.Random(time.time_ns())
+    options = {**options, "output_dir": folder / "killed"}
+    kills = 0
+    moments = []
+    while kills < 5:
+        flags = ["--resume"] if kills else []
+        process = subprocess.Popen(
+            command(options, *flags),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        # From the first stage's beginning on; start-up is most of so small a run.
+        wait = chosen.uniform(0.45, 0.8) * seconds
+        moments.append(round(wait, 1))
+        try:
+            process.wait(wait)
+            break  # it had finished: every stage was done in fewer kills
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    done = run(options, "--resume")
+    assert done.returncode == 0, (moments, done.stderr[-3000:])
+    for stage in ("seed", "iteration-1", "iteration-2", "control", "all-labels"):
+        ours, theirs = (final_weights(folder / n, stage) for n in ("killed", "run"))
+        assert torch.equal(ours, theirs), (stage, moments)
+    for name in ("evaluation.json", "gauge.jsonl", "iteration-2/pairs.jsonl"):
+        assert (folder / "killed" / name).read_text() == (folder / "run" / name).read_text()
+
+    def steps(run_dir):
+        return [(m["stage"], m["step"], m["loss"]) for m in read_rows(run_dir / "metrics.jsonl")]
+
+    assert steps(folder / "killed") == steps(folder / "run")
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(whole_run):
+    folder, options, _, seconds = whole_run
+    options = {**options, "output_dir": folder / "interrupted"}
+    process = subprocess.Popen(
+        command(options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "interrupted" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert error.rstrip().splitlines()[-1].endswith("--resume goes on from here")
+    assert run(options, "--resume").returncode == 0
+    assert torch.equal(final_weights(folder / "interrupted"), final_weights(folder / "run"))
+
+
+def test_a_finished_run_does_nothing_again(whole_run):
+    folder, options, *_ = whole_run
+    before = {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*.safetensors")}
+    done = run({**options, "output_dir": folder / "run"}, "--resume")
+    assert done.returncode == 0 and "SPA 2" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*.safetensors")}
+
+
+def test_the_gauge_stops_a_run_before_it_trains(whole_run):
+    folder, options, *_ = whole_run
+    options = {
+        **options,
+        "output_dir": folder / "stopped",
+        "gauge.on_collapse": "stop",
+        "gauge.max_length_ratio": 0.01,
+    }
+    done = run(options)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("prefalign: error: iteration-1: stopped before training: responses av")
+    assert not (folder / "stopped" / "iteration-1" / "model").exists()
+    assert (folder / "stopped" / "report.html").exists()
+    again = run(options, "--resume")
+    assert again.returncode == 2  # resuming alone does not go past it
+    done = run({**options, "gauge.on_collapse": "warn", "iterations": 2}, "--resume")
+    assert done.returncode == 0
+    assert "more than gauge.max_length_ratio" in done.stderr
+
+
+def test_lora_keeps_one_copy_of_the_base(whole_run):
+    folder, options, *_ = whole_run
+    options = {**options, "output_dir": folder / "lora", "model.lora.r": 4}
+    done = run(options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = sorted(p.name for p in (folder / "lora" / "iteration-2" / "model").iterdir())
+    assert "adapter_model.safetensors" in saved and "reference" not in saved
+    base = (folder / "model" / "model.safetensors").stat().st_size
+    assert (
+        folder / "lora" / "iteration-2" / "model" / "adapter_model.safetensors"
+    ).stat().st_size < base
