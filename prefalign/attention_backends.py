@@ -188,7 +188,7 @@ def _attend_sdpa(call: PackedCall) -> Tensor:
         num_q, num_k = query.shape[1], key.shape[1]
         plain = num_q == num_k and (call.window is None or call.window >= num_k)
         visible = None if plain else _visible(call, num_q, num_k)
-        # Elsewhere than here, grouped heads would send SDPA to the kernel that keeps all scores.
+        # With a mask, or in float32 on a GPU, grouped heads would leave SDPA its slow kernel alone.
         grouped = groups > 1 and visible is None and not query.is_cuda
         if groups > 1 and not grouped:
             key, value = (x.repeat_interleave(groups, dim=0) for x in (key, value))

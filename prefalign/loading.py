@@ -34,6 +34,8 @@ def load_tokenizer(
         ModelError: There is none to load, or it has no EOS token.
     """
     name = _checked_path(path)
+    if Path(name).is_dir() and not any(Path(name).glob("*token*")):
+        raise ModelError(f"{name}: the folder holds no tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
@@ -110,6 +112,8 @@ def _lora_config(settings: LoraSettings) -> Any | None:
 
 
 def _load_base(name: str, options: dict[str, Any]) -> nn.Module:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{name}: the folder holds no model: there is no config.json")
     options = {**options, "output_loading_info": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)

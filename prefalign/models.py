@@ -41,8 +41,8 @@ __all__ = [
     "verify_head",
 ]
 
-# Between the head and the logits, by the config's names. Cohere, FalconH1 and MuSpark-like models
-# multiply; Granite and MiniCPM (whose hidden states are divided, which is the same) divide.
+# What configs call the numbers between the head and the logits. Cohere, FalconH1 and Muse multiply;
+# Granite divides; MiniCPM3 divides the hidden states, which is the same.
 _LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _LOGIT_DIVISORS = ("logits_scaling",)
 # Model types that multiply where the others divide.

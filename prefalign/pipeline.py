@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -31,15 +32,15 @@ from .errors import RunError
 from .generation import Generator, TransformersGenerator, VLLMGenerator
 from .models import check_finite, load_model, load_tokenizer, score, verify_head
 from .packing import Group
-from .references import is_peft, reference_of
+from .references import REFERENCE_ADAPTER, is_peft, reference_of
 from .run_folder import (
     RunFolder,
+    put_in_place,
     read_rows,
     remove,
     require_space,
     write_json,
     write_rows,
-    written_whole,
 )
 from .trainer import (
     Groups,
@@ -180,6 +181,7 @@ class Pipeline:
             model=policy,
             args=arguments,
             train_dataset=Groups(groups),
+            processing_class=self.tokenizer,  # saved beside the weights
             max_tokens=settings.training.max_tokens,
             beta=settings.beta,
             callbacks=[MetricsCallback(lambda step, logs: self._log(stage, step, logs))],
@@ -194,19 +196,34 @@ class Pipeline:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         facts = {"steps": trainer.state.global_step, "pairs": len(groups), "start": start}
         facts |= self._after_training(stage, trainer)
-        if self.process.is_main_process:
-            with written_whole(self.folder(stage) / "model") as temporary:
-                trained = trainer.accelerator.unwrap_model(trainer.model)
-                # Of the two adapters that a LoRA run holds, the policy's and π_{i-1}'s.
-                only = {"selected_adapters": [trained.active_adapter]} if is_peft(trained) else {}
-                trained.save_pretrained(temporary, **only)
-                self.tokenizer.save_pretrained(temporary)
+        self._save(stage, trainer)
         self.run.finish(stage, **facts)
         if self.process.is_main_process:
             remove(checkpoints)
         self.process.wait_for_everyone()
-        self.holds = stage
+        if trainer.accelerator.distributed_type in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        ):
+            self.holds = stage
+        else:
+            self.policy = None  # sharded in place; the next stage reads it from the folder
         return facts
+
+    def _save(self, stage: str, trainer: PreferenceTrainer) -> None:
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        if is_peft(policy) and REFERENCE_ADAPTER in policy.peft_config:
+            policy.delete_adapter(REFERENCE_ADAPTER)  # π_{i-1}, which has its own folder
+        final = self.folder(stage) / "model"
+        temporary = final.with_name("model.partial")
+        if self.process.is_main_process:
+            remove(temporary)
+        self.process.wait_for_everyone()
+        trainer.save_model(str(temporary))  # on all processes: a sharded model is gathered
+        self.process.wait_for_everyone()
+        if self.process.is_main_process:
+            put_in_place(temporary, final)
 
     def training_arguments(self, stage: str, **counts: Any) -> TrainingArguments:
         """Return transformers' arguments for a stage.
@@ -317,10 +334,19 @@ class Pipeline:
 
         def work(chunk: Sequence[Group], seed: int) -> list[dict[str, Any]]:
             max_tokens = self.settings.training.max_tokens
-            with self.scorer(stage) as model:
+            with self.scorer(stage) as model, self.autocast():
                 return [{"logps": x} for x in score(model, chunk, max_tokens=max_tokens)]
 
         return [row["logps"] for row in self.chunked(name, groups, work, size)]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return training's mixed precision, for log-probs that its own are compared with."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            self.settings.training.mixed_precision
+        )
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.process.device.type, dtype)
 
     @contextlib.contextmanager
     def scorer(self, stage: str) -> Iterator[torch.nn.Module]:

@@ -38,6 +38,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(temporary)
         raise
+    put_in_place(temporary, path)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder to its name, once it is on the disk."""
     _sync(temporary)
     if path.is_dir():
         remove(path)  # os.replace cannot put a folder in the place of one with files

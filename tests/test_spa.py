@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +18,16 @@ from prefalign.run_folder import read_rows
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """One run from beginning to end, its options, and how long it took."""
+    """One run from beginning to end, and its options."""
     folder = tmp_path_factory.mktemp("spa")
     options = prepare(folder)
-    start = time.monotonic()
     done = run({**options, "output_dir": folder / "run"})
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, options, done, time.monotonic() - start
+    return folder, options, done
 
 
 def test_it_ends_with_the_table_and_the_reports_path(whole_run):
-    folder, _, done, _ = whole_run
+    folder, _, done = whole_run
     for name in ("SFT", "seed DPO", "seed DPO, as many steps", "SPA 1", "SPA 2", "DPO, all labels"):
         assert name in done.stdout
     assert done.stdout.rstrip().endswith(str(folder / "run" / "report.html"))
@@ -77,36 +77,41 @@ def test_training_changes_the_weights_each_time(whole_run):
         assert all(not torch.equal(a, b) for b in found[:i])
 
 
-def test_a_run_killed_at_random_points_ends_in_the_same_weights(whole_run):
-    folder, options, _, seconds = whole_run
-    chosen = random.Random(time.time_ns())
+def progress(run_dir):
+    """Count what a run has left so far: chunks, log lines, models."""
+    # os.walk passes over folders that vanish while it looks.
+    files = [Path(folder, name) for folder, _, names in os.walk(run_dir) for name in names]
+    chunks = sum(path.suffix == ".jsonl" for path in files)
+    models = sum(path.suffix == ".safetensors" and path.parent.name == "model" for path in files)
+    metrics = run_dir / "metrics.jsonl"
+    return chunks + models + (metrics.read_text().count("\n") if metrics.exists() else 0)
+
+
+def test_a_run_killed_at_five_random_points_ends_in_the_same_weights(whole_run):
+    folder, options, *_ = whole_run
+    seed = time.time_ns()
+    chosen = random.Random(seed)
     options = {**options, "output_dir": folder / "killed"}
-    kills = 0
-    moments = []
-    while kills < 5:
-        flags = ["--resume"] if kills else []
+    moments = sorted(chosen.sample(range(progress(folder / "run")), 5))
+    for kill, moment in enumerate(moments):
         process = subprocess.Popen(
-            command(options, *flags),
+            command(options, *["--resume"] * (kill > 0)),
             env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        # From the first stage's beginning on; start-up is most of so small a run.
-        wait = chosen.uniform(0.45, 0.8) * seconds
-        moments.append(round(wait, 1))
-        try:
-            process.wait(wait)
-            break  # it had finished: every stage was done in fewer kills
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
+        while not (folder / "killed").exists() or progress(folder / "killed") < moment:
+            assert process.poll() is None, (seed, moments, "ended before it was killed")
+            time.sleep(0.005)
+        time.sleep(chosen.uniform(0, 0.2))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     done = run(options, "--resume")
-    assert done.returncode == 0, (moments, done.stderr[-3000:])
+    assert done.returncode == 0, (seed, moments, done.stderr[-3000:])
     for stage in ("seed", "iteration-1", "iteration-2", "control", "all-labels"):
         ours, theirs = (final_weights(folder / n, stage) for n in ("killed", "run"))
-        assert torch.equal(ours, theirs), (stage, moments)
+        assert torch.equal(ours, theirs), (stage, seed, moments)
     for name in ("evaluation.json", "gauge.jsonl", "iteration-2/pairs.jsonl"):
         assert (folder / "killed" / name).read_text() == (folder / "run" / name).read_text()
 
@@ -117,7 +122,7 @@ def test_a_run_killed_at_random_points_ends_in_the_same_weights(whole_run):
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(whole_run):
-    folder, options, _, seconds = whole_run
+    folder, options, *_ = whole_run
     options = {**options, "output_dir": folder / "interrupted"}
     process = subprocess.Popen(
         command(options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -152,7 +157,8 @@ def test_the_gauge_stops_a_run_before_it_trains(whole_run):
     done = run(options)
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("prefalign: error: iteration-1: stopped before training: responses av")
+    assert line.startswith("prefalign: error: iteration-1: stopped before training: ")
+    assert "more than gauge.max_length_ratio 0.01" in line
     assert not (folder / "stopped" / "iteration-1" / "model").exists()
     assert (folder / "stopped" / "report.html").exists()
     again = run(options, "--resume")
