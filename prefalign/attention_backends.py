@@ -149,16 +149,16 @@ def _attend_varlen(call: PackedCall) -> Tensor:
 
 def _segments(call: PackedCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield each segment's queries, keys and values, ``[heads, length, size]``."""
-    bounds_q = call.cu_q.tolist()
-    bounds_k = bounds_q if call.cu_k is call.cu_q else call.cu_k.tolist()
-    for s in range(len(bounds_q) - 1):
-        queries = slice(bounds_q[s], bounds_q[s + 1])
-        keys = slice(bounds_k[s], bounds_k[s + 1])
-        yield (
-            call.query[queries].transpose(0, 1),
-            call.key[keys].transpose(0, 1),
-            call.value[keys].transpose(0, 1),
-        )
+    lengths_q = call.cu_q.diff().tolist()
+    lengths_k = lengths_q if call.cu_k is call.cu_q else call.cu_k.diff().tolist()
+    # One split, not a slice each: a slice's backward fills a gradient of all T rows with zeros.
+    for query, key, value in zip(
+        call.query.split(lengths_q),
+        call.key.split(lengths_k),
+        call.value.split(lengths_k),
+        strict=True,
+    ):
+        yield query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
 
 
 def _visible(call: PackedCall, num_q: int, num_k: int) -> Tensor | None:
