@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ from training import (
     with_reference_logps,
 )
 
+from prefalign.attention import use_packed_attention
 from prefalign.config import TrainingSettings
 from prefalign.noise_aware import NoiseAwareTrainer, NoiseThreshold
 from prefalign.packing import Group
+from prefalign.references import snapshot_reference
 from prefalign.trainer import (
     Groups,
     MetricsCallback,
@@ -281,3 +284,40 @@ def test_two_processes_equal_one(tmp_path, kind):
         assert ours == pytest.approx([log["noise/threshold"] for log in one["logs"]], abs=1e-5)
     start = torch.cat([p.detach().flatten() for p in tiny_model("llama").parameters()])
     assert (one["weights"] - two["weights"]).norm() < 1e-3 * (one["weights"] - start).norm()
+
+
+def test_a_resumed_lora_run_ends_in_the_same_weights(tmp_path):
+    from prefalign.config import LoraSettings
+    from prefalign.loading import _lora_config
+
+    groups = random_groups(16)
+
+    def run(folder, resume=None):
+        import peft
+
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny_model("llama"), _lora_config(LoraSettings(r=4)))
+        use_packed_attention(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(generator=torch.Generator().manual_seed(1))
+        settings = replace(SETTINGS, arguments={"save_total_limit": 10})
+        kwargs = noise_kwargs()
+        trainer = kwargs.pop("trainer_class")(
+            model,
+            training_arguments(settings, folder, num_pairs=16, epochs=2),
+            Groups(groups),
+            max_tokens=48,
+            reference=snapshot_reference(model),
+            **kwargs,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"))
+    assert any("reference" in name for name in whole)
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name

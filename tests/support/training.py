@@ -1,10 +1,12 @@
 """Small training runs: pairs of random tokens, a tiny model, and a worker for several processes."""
 
+import gc
 import os
 import sys
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from tiny_models import tiny_model
 
 from prefalign.attention import use_packed_attention
@@ -117,6 +119,12 @@ def main(folder, kind):
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save({"weights": weights(trainer), "logs": logs}, f"{folder}/result.pt")
+    if world > 1:
+        # Gloo waits forever where DDP's reducer outlives its process group.
+        del trainer, model, reference
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

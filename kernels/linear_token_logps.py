@@ -1,0 +1,390 @@
+"""Per-token log-probs of a linear head, straight from hidden states: no [N, V] logits.
+
+    z    = softcap·tanh(u / softcap) / temperature,   u = logit_scale·(hidden @ weight.T + bias)
+    logp = z_y - log sum_v exp(z_v)
+
+hidden [N, D], weight [V, D], targets [N] -> logps [N]. One pass of the head is F = 2·N·D·V FLOP.
+
+    forward, nothing needs a gradient       1F          reads hidden and weight once per row chunk
+    frozen head, forward + backward         2F          saves J [N, D], backward only scales rows
+    trained head, forward + backward        4F          saves lse [N], recomputes vocabulary slices
+
+The row Jacobian of a frozen head, summed up beside the log-sum-exp, with d = dz/du:
+
+    J_t = dlogp_t / dhidden_t = logit_scale·(d_y·weight[y] - sum_v p_v·d_v·weight[v])
+
+Beyond inputs, outputs and what is saved: O(N + D·chunk) and one budgeted workspace (``plan``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from . import _linear_chunked, _linear_triton
+from ._common import (
+    FLOATS,
+    INTEGERS,
+    check_labels,
+    check_number,
+    check_outputs,
+    check_tensor,
+    resolve_impl,
+)
+from ._linear_chunked import Head
+from .plan import HeadPlan, default_workspace, head_strategy, head_tiles, tile_bytes
+from .token_logps import OUTPUTS, TokenLogps
+
+IMPLEMENTATIONS = {"chunked": _linear_chunked, "triton": _linear_triton}
+
+
+def head_logits(hidden, weight, bias, head: Head) -> torch.Tensor:
+    """Return the logits of ``hidden``, eagerly, in its dtype."""
+    z = F.linear(hidden, weight, bias if bias is None else bias.to(hidden.dtype)) * head.scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
+
+
+def reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_index):
+    """Return every output of the op, eagerly; differentiable, in the dtype of ``hidden``."""
+    z = head_logits(hidden, weight, bias, head)
+    z = z if z.dtype == torch.float64 else z.float()
+    live = targets != ignore_index
+    y = torch.where(live, targets, 0).unsqueeze(-1)
+    logp = z.log_softmax(-1)
+    out = TokenLogps(
+        logps=logp.gather(-1, y).squeeze(-1),
+        lse=torch.logsumexp(z, -1).detach(),
+        entropy=-(logp.exp() * logp.clamp_min(torch.finfo(z.dtype).min)).sum(-1),
+        mean_logits=z.mean(-1).detach(),
+        is_top1=(z.gather(-1, y).squeeze(-1) >= z.amax(-1)).detach(),
+        log_sum_sq_probs=torch.logsumexp(2 * logp, -1).detach(),
+    )
+    return TokenLogps(*(value.masked_fill(~live, 0) for value in out))
+
+
+def plan_tiles(hidden, V, rows, tile, budget):
+    """Return (rows, vocabulary entries, budget), with 0 replaced by what the plan would say."""
+    N, D = hidden.shape
+    budget = budget or default_workspace(hidden.device)
+    if not rows:
+        rows, tile = head_tiles(N, V, D, hidden.dtype, hidden.device, budget)
+    return rows, tile, budget
+
+
+@torch.library.custom_op("prefalign::linear_token_logps", mutates_args=())
+def _op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    extras: str,
+    strategy: str,
+    impl: str,
+    row_chunk: int,
+    vocab_tile: int,
+    budget: int,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    check_labels("targets", targets, weight.shape[0], ignore_index)
+    rows, tile, _ = plan_tiles(hidden, weight.shape[0], row_chunk, vocab_tile, budget)
+    head = Head(logit_scale, softcap, temperature)
+    names = tuple(name for name in extras.split(",") if name not in ("", "lse"))
+    stats, norm, J = IMPLEMENTATIONS[impl].forward(
+        hidden, weight, targets, bias, head, ignore_index, names, strategy == "row_jacobian",
+        rows, tile,
+    )  # fmt: skip
+    values = (stats.get(name) for name in TokenLogps._fields)
+    return tuple(hidden.new_empty(0) if x is None else x for x in (*values, norm, J))
+
+
+@_op.register_fake
+def _(hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, extras,
+      strategy, impl, row_chunk, vocab_tile, budget):  # fmt: skip
+    names = ("logps", "lse", *extras.split(","))
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    stats = [
+        targets.new_empty(targets.shape, dtype=torch.bool if name == "is_top1" else dtype)
+        if name in names
+        else hidden.new_empty(0)
+        for name in TokenLogps._fields
+    ]
+    J = hidden.new_empty(hidden.shape) if strategy == "row_jacobian" else hidden.new_empty(0)
+    return (*stats, targets.new_empty((2, *targets.shape), dtype=dtype), J)
+
+
+@torch.library.custom_op("prefalign::linear_token_logps_backward", mutates_args=())
+def backward_op(
+    grad_logps: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor,
+    entropy: torch.Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: str,
+    impl: str,
+    row_chunk: int,
+    vocab_tile: int,
+    budget: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the head's inputs from recomputed logits; ``needs`` is a subset of "hwb"."""
+    rows, tile, budget = plan_tiles(hidden, weight.shape[0], row_chunk, vocab_tile, budget)
+    spare = budget - tile_bytes(rows, tile, hidden.shape[1], hidden.dtype, hidden.device)
+    grads = IMPLEMENTATIONS[impl].backward(
+        grad_logps, grad_entropy, hidden, weight, targets, bias, norm,
+        None if grad_entropy is None else entropy,
+        Head(logit_scale, softcap, temperature), ignore_index,
+        tuple(letter in needs for letter in "hwb"), rows, tile, spare,
+    )  # fmt: skip
+    return tuple(hidden.new_empty(0) if x is None else x for x in grads)
+
+
+@backward_op.register_fake
+def _(grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, logit_scale, softcap,
+      temperature, ignore_index, needs, impl, row_chunk, vocab_tile, budget):  # fmt: skip
+    return tuple(
+        hidden.new_empty(0) if letter not in needs else value.new_empty(value.shape)
+        for letter, value in zip("hwb", (hidden, weight, bias), strict=True)
+    )
+
+
+@torch.library.custom_op("prefalign::scale_rows", mutates_args=())
+def scale_rows_op(
+    grad: torch.Tensor, jacobian: torch.Tensor, targets: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """Return grad[:, None]·J, rounded once to J's dtype; 0 at ignored rows, whatever ``grad`` is.
+
+    This is the whole backward of a frozen head: N·D multiplications.
+    """
+    grad = grad.masked_fill(targets == ignore_index, 0)[:, None]
+    out = torch.empty_like(jacobian)
+    # torch promotes 16-bit J to a float32 temporary on a CPU: a megabyte at a time, not [N, D].
+    step = jacobian.shape[0] if jacobian.is_cuda else max(1, 2**18 // jacobian.shape[1])
+    for start in range(0, jacobian.shape[0], max(1, step)):
+        rows = slice(start, start + step)
+        torch.mul(jacobian[rows], grad[rows], out=out[rows])
+    return out
+
+
+@scale_rows_op.register_fake
+def _(grad, jacobian, targets, ignore_index):
+    return torch.empty_like(jacobian)
+
+
+def which_grads(hidden: bool, weight: bool, bias: bool) -> str:
+    """Return what ``backward_op`` is to compute, as letters of "hwb"."""
+    return "h" * hidden + "w" * weight + "b" * bias
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, targets, bias, *ctx.scalars = inputs
+    logps, lse, entropy, mean_logits, is_top1, log_sum_sq_probs, norm, J = output
+    ctx.strategy, ctx.has_bias = inputs[9], bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, mean_logits, is_top1, log_sum_sq_probs, norm, J)
+    has_entropy = "entropy" in inputs[8].split(",")
+    if not has_entropy:
+        ctx.mark_non_differentiable(entropy)
+    if ctx.strategy == "recompute" or has_entropy:
+        ctx.save_for_backward(hidden, weight, targets, bias, norm, entropy, J)
+    else:
+        ctx.save_for_backward(None, None, targets, None, None, None, J)
+
+
+def _backward(ctx, grad_logps, _lse, grad_entropy, *_others):
+    hidden, weight, targets, bias, norm, entropy, J = ctx.saved_tensors
+    logit_scale, softcap, temperature, ignore_index, _, strategy, impl, *tiles = ctx.scalars
+    need_h, need_w, _, need_b = ctx.needs_input_grad[:4]
+    none = (None,) * (len(ctx.needs_input_grad) - 4)
+    if grad_logps is None and grad_entropy is None:
+        return None, None, None, None, *none
+    if strategy == "row_jacobian" and grad_entropy is None:
+        return scale_rows_op(grad_logps, J, targets, ignore_index), None, None, None, *none
+    if strategy == "forward":
+        raise RuntimeError("linear_token_logps: the plan's strategy 'forward' has no backward")
+    needs = which_grads(need_h, need_w, need_b)
+    dh, dw, db = backward_op(
+        grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, logit_scale,
+        softcap, temperature, ignore_index, needs, impl, *tiles,
+    )  # fmt: skip
+    return dh if need_h else None, dw if need_w else None, None, db if need_b else None, *none
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_head(
+    hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, prefix=""
+) -> Head:
+    """Check one head's arguments and return its scalars. ``prefix`` names the second model's."""
+    check_tensor(f"{prefix}hidden", hidden, dtypes=FLOATS, min_ndim=1)
+    check_tensor(
+        f"{prefix}weight", weight, dtypes=(hidden.dtype,), ndim=2, like=(f"{prefix}hidden", hidden)
+    )
+    V, D = weight.shape
+    if V < 1 or D < 1 or hidden.shape[-1] != D:
+        raise ValueError(
+            f"{prefix}weight: expected shape [V, {hidden.shape[-1]}] with V and D above 0, as "
+            f"{prefix}hidden {tuple(hidden.shape)} has it, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_tensor(
+            f"{prefix}bias", bias, dtypes=FLOATS, shape=(V,), like=(f"{prefix}hidden", hidden)
+        )
+    check_tensor(
+        "targets", targets, dtypes=INTEGERS, shape=hidden.shape[:-1],
+        like=(f"{prefix}hidden", hidden),
+    )  # fmt: skip
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    return Head(
+        check_number("logit_scale", logit_scale),
+        None if softcap is None else check_number("softcap", softcap, above=0),
+        check_number("temperature", temperature, above=0),
+    )
+
+
+def autocast(hidden: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Cast to autocast's dtype where it is on, as ``F.linear`` would: same numbers on a switch."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return [hidden, *others]
+    dtype = torch.get_autocast_dtype(kind)
+    return [x if x is None else x.to(dtype) for x in (hidden, *others)]
+
+
+def choose_strategy(plan: HeadPlan | None, hidden, weight, bias) -> tuple[str, list[int]]:
+    """Return (strategy, [row_chunk, vocab_tile, budget]) from what needs grad, or ``plan``."""
+    grad = torch.is_grad_enabled()
+    hidden_grad = grad and hidden.requires_grad
+    weight_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    strategy = head_strategy(hidden_grad, weight_grad)
+    if plan is None:
+        return strategy, [0, 0, 0]
+    if not isinstance(plan, HeadPlan):
+        raise TypeError(f"plan: expected a HeadPlan or None, got {type(plan).__name__}")
+    if (plan.V, plan.D) != tuple(weight.shape):
+        raise ValueError(
+            f"plan: expected one for weight {tuple(weight.shape)}, got V={plan.V}, D={plan.D}"
+        )
+    if strategy != "forward" and plan.strategy not in (strategy, "recompute"):
+        raise ValueError(
+            f"plan: expected strategy {strategy!r} or 'recompute' for what requires a gradient, "
+            f"got {plan.strategy!r}"
+        )
+    strategy = strategy if strategy == "forward" else plan.strategy
+    return strategy, [plan.row_chunk, plan.vocab_tile, plan.budget_bytes]
+
+
+def linear_token_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Sequence[str] = (),
+    impl: str = "auto",
+    plan: HeadPlan | None = None,
+) -> torch.Tensor | TokenLogps:
+    """Return the log-prob of each target token under a linear head, without forming the logits.
+
+    Equivalent PyTorch::
+
+        u = logit_scale * F.linear(hidden, weight, bias)
+        z = (u if softcap is None else softcap * torch.tanh(u / softcap)) / temperature
+        logps = z.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        logps = logps.masked_fill(targets == ignore_index, 0)
+
+    Args:
+        hidden: [..., D], float16, bfloat16, float32 or float64; the last hidden state. Leading
+            dimensions that cannot be flattened as a view are copied.
+        weight: [V, D], the dtype of ``hidden``; the head's weight.
+        targets: [...], int64 (or int32); the token to score, or ``ignore_index``.
+        bias: [V], any float dtype, or None.
+        logit_scale: factor on the logits (Cohere; Granite's ``1 / logits_scaling``); default 1.
+        softcap: Gemma-2's cap on the logits, above 0, or None.
+        temperature: divides the logits, after the cap; above 0, default 1.
+        ignore_index: target of rows that do not count: they give exactly 0 and no gradient, and
+            on a CPU are dropped before any GEMM. (On a GPU, knowing their number would be a host
+            sync, so they are computed and masked.) Default -100.
+        outputs: names of extras from the same pass, each [...]: ``"lse"`` (log-sum-exp),
+            ``"entropy"`` (differentiable), ``"mean_logits"`` (over the vocabulary), ``"is_top1"``
+            (bool: no logit is above the target's), ``"log_sum_sq_probs"`` (log sum_v p_v²).
+        impl: ``"auto"`` (Triton on a GPU, else chunked), ``"triton"``, ``"chunked"`` or
+            ``"reference"`` (eager, forms the logits).
+        plan: a ``HeadPlan`` (tiles, strategy, budget); default: made from shapes and from what
+            requires a gradient.
+
+    Returns:
+        logps, [...] float32 (float64 for float64 inputs); with ``outputs``, a
+        ``TokenLogps`` whose first field it is and whose fields not asked for are None.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value; a
+            label outside [0, V). On a GPU the label check is an asynchronous device assertion.
+
+    Numerics: logits, sums and gradients accumulate in float32, 16-bit inputs are never rounded
+    further before the log-sum-exp; gradients are rounded once, at the end (a frozen head's twice:
+    its Jacobian is kept in ``hidden``'s dtype). Bit for bit deterministic, and the same log-probs
+    with and without a gradient. Under autocast ``hidden`` and ``weight`` are cast as ``F.linear``
+    casts them.
+
+    Cost: 1F = 2·N·D·V FLOP without a gradient, 2F with a frozen head, 4F with a trained one, all
+    with backward; ``plan_head`` prints it, with the bytes. A gradient through the entropy of a
+    frozen head costs 2F more (plan it with ``entropy_grad=True`` to make that 1F).
+
+    Source: the row Jacobian is attention with the head's weight as keys and values, by the online
+    softmax of Milakov & Gimelshein (2018).
+    """
+    names = check_outputs(outputs, OUTPUTS)
+    hidden, weight = autocast(hidden, weight)
+    head = check_head(
+        hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index
+    )
+    targets = targets.long()
+    impl = resolve_impl(impl, hidden.device, hidden.dtype)
+    strategy, tiles = choose_strategy(plan, hidden, weight, bias)
+    if impl == "reference":
+        if not torch.compiler.is_compiling():
+            check_labels("targets", targets, weight.shape[0], ignore_index)
+        out = reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_index)
+    else:
+        *stats, _, _ = _op(
+            hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, *head,
+            ignore_index, ",".join(names), strategy, impl, *tiles,
+        )  # fmt: skip
+        out = TokenLogps(
+            *(x.view(targets.shape) if name in ("logps", *names) else None
+              for name, x in zip(TokenLogps._fields, stats, strict=True))
+        )  # fmt: skip
+    if not names:
+        return out.logps
+    return TokenLogps(
+        *(x if name in ("logps", *names) else None
+          for name, x in zip(TokenLogps._fields, out, strict=True))
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""Every kernel compiles for every target, spills nothing and fits the smallest card."""
+
+import pytest
+from crosscompile import SHARED_LIMIT, TARGETS, compile_kernel
+from prefalign.kernels import _token_logps_triton as token
+from prefalign.kernels import noise_aware_loss, pairwise_preference_logits
+from prefalign.kernels import preference_loss as preference
+from prefalign.kernels import sequence_logps as sequence
+from prefalign.kernels.losses import LOSSES
+
+pytest.importorskip("triton")
+
+FLOAT = "*fp32"
+
+
+def types(fn, constexprs, **given):
+    """Return the types of a kernel's arguments: float32 pointers and int32 but for those given."""
+    guess = {name: FLOAT if name.endswith("_ptr") else "i32" for name in fn.arg_names}
+    return {name: kind for name, kind in {**guess, **given}.items() if name not in constexprs}
+
+
+def token_kernel(fn, dtype, extras):
+    flags = [name for name in fn.arg_names if name.isupper() and name not in ("V", "BLOCK_V")]
+    constexprs = {name: extras or name == "LOGPS" for name in flags}
+    constexprs |= {"stride_v": 1, "BLOCK_V": token.BLOCK_V}
+    for name in ("entropy_ptr", "mean_ptr", "top1_ptr", "sum_sq_ptr", "grad_entropy_ptr"):
+        if name in fn.arg_names and not extras:
+            constexprs[name] = None
+    kinds = {"logits_ptr": dtype, "targets_ptr": "*i64", "top1_ptr": "*i1", "grad_ptr": dtype}
+    kinds = {name: kind for name, kind in kinds.items() if name in fn.arg_names}
+    kinds |= {"stride_outer": "i64", "temperature": "fp32", "softcap": "fp32"}
+    return fn, types(fn, constexprs, **kinds), constexprs, 8, ("stride_outer", "stride_inner", "V")
+
+
+def sequence_kernel(fn, packed):
+    constexprs = {"PACKED": packed, "HAS_MASK": packed, "BLOCK_T": sequence.BLOCK_T}
+    constexprs |= {"stride_lt": 1, "stride_mt": 1, "stride_gs": 1}
+    constexprs |= {} if packed else {"cu_ptr": None, "mask_ptr": None}
+    constexprs = {name: value for name, value in constexprs.items() if name in fn.arg_names}
+    kinds = {"cu_ptr": "*i32", "mask_ptr": "*i1", "N": "i64"}
+    kinds |= {"counts_ptr": "*i64"} if "counts_ptr" in fn.arg_names else {}
+    return fn, types(fn, constexprs, **kinds), constexprs, 4, ()
+
+
+def pair_kernel(fn, **more):
+    constexprs = {"HAS_WEIGHTS": True, "BLOCK_B": preference.BLOCK_B, **more}
+    kinds = {"beta": "fp32"}
+    if "is_noisy_ptr" in fn.arg_names:
+        kinds["is_noisy_ptr"] = "*i1"
+    else:
+        kinds["label_smoothing"] = "fp32"
+    return fn, types(fn, constexprs, **kinds), constexprs, 4, ()
+
+
+def pairwise_kernel(fn, padded):
+    constexprs = {"PADDED": padded, "BLOCK_K": pairwise_preference_logits.MAX_BLOCK_K}
+    constexprs |= {"blocks_ptr": None} if padded else {}
+    kinds = {"cu_ptr": "*i64", "blocks_ptr": "*i64", "beta": "fp32"}
+    return fn, types(fn, constexprs, **kinds), constexprs, 4, ()
+
+
+KERNELS = {
+    "token_logps_forward": lambda: token_kernel(token._forward_kernel, "*bf16", False),
+    "token_logps_forward_extras": lambda: token_kernel(token._forward_kernel, "*bf16", True),
+    "token_logps_backward": lambda: token_kernel(token._backward_kernel, "*bf16", False),
+    "token_logps_backward_extras": lambda: token_kernel(token._backward_kernel, FLOAT, True),
+    "sequence_logps_forward": lambda: sequence_kernel(sequence._forward_kernel, True),
+    "sequence_logps_backward": lambda: sequence_kernel(sequence._backward_kernel, True),
+    "sequence_logps_rows_forward": lambda: sequence_kernel(sequence._forward_kernel, False),
+    "noise_aware_loss": lambda: pair_kernel(noise_aware_loss._forward_kernel),
+    "pairwise_forward": lambda: pairwise_kernel(pairwise_preference_logits._forward_kernel, True),
+    "pairwise_backward": lambda: pairwise_kernel(
+        pairwise_preference_logits._backward_kernel, False
+    ),
+} | {
+    f"preference_loss_{name}": lambda loss=loss: pair_kernel(
+        preference._forward_kernel, LOSS=loss.device
+    )
+    for name, loss in LOSSES.items()
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_without_spills(name, target):
+    fn, signature, constexprs, num_warps, divisible = KERNELS[name]()
+    used = compile_kernel(fn, signature, constexprs, target, num_warps, divisible=divisible)
+    assert used.registers > 0
+    assert used.spills == 0
+    assert used.shared_bytes <= min(99 << 10, SHARED_LIMIT[target])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_where_every_size_and_stride_is_one(name):
+    # A launch turns an integer argument of 1 into a constant: another program than the usual one.
+    fn, signature, constexprs, num_warps, _ = KERNELS[name]()
+    ones = {key: 1 for key, kind in signature.items() if kind in ("i32", "i64")}
+    signature = {key: kind for key, kind in signature.items() if key not in ones}
+    used = compile_kernel(fn, signature, constexprs | ones, "sm_90", num_warps)
+    assert used.spills == 0
