@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command is None:
         parser.print_help()
         return USAGE_ERROR
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("prefalign").setLevel(logging.INFO)
     _hush_libraries()
     try:
         settings = parser.instantiate(parsed)[parsed.command]
@@ -102,6 +103,7 @@ def run_spa(settings) -> int:
     if spa.parts.process.is_main_process:
         print(f"\n{summary_table(spa.parts.run.path)}\n")
         print(f"Report: {spa.parts.run.path / 'report.html'}")
+    spa.parts.process.destroy_process_group()
     return 0
 
 

@@ -8,6 +8,7 @@ it comes from token logits extrapolated away from the reference's, combined befo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class NoiseAwareTrainer(PreferenceTrainer):
     @property
     def looks(self) -> bool:
         """Whether this step's confidences matter, to its loss or to a threshold to come."""
-        if self.noise.threshold == "exact" or not self.model.training:
+        if self.noise.threshold == "exact":
             return self.alpha > 0
         pairs = self.get_total_train_batch_size(self.args)
         ahead = math.ceil(self.noise.window / pairs)
@@ -204,11 +205,12 @@ class NoiseAwareTrainer(PreferenceTrainer):
 
     def _exact_threshold(self, model: torch.nn.Module) -> float:
         """Return the quantile of the confidences of all pairs under the policy as it is."""
-        mine = range(self.args.process_index, len(self.train_dataset), self.args.world_size)
+        pairs: Any = self.train_dataset
+        mine = range(self.args.process_index, len(pairs), self.args.world_size)
         collate, confidences = self.data_collator, []
         model.eval()
         with torch.no_grad():
-            for batch in collate([self.train_dataset[i] for i in mine])["passes"]:
+            for batch in collate([pairs[i] for i in mine])["passes"]:
                 batch = batch.to(self.args.device)
                 _, reference, extrapolated = self.three_logps(model, batch)
                 margins = extrapolated - reference

@@ -25,7 +25,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .attention import causal_lm
 from .config import GenerationSettings, SPASettings
 from .data import as_text
 from .errors import RunError
@@ -136,7 +138,8 @@ class Pipeline:
     @property
     def vocabulary(self) -> int:
         """How many token ids the policy knows."""
-        return self.load(self.holds or INIT).get_input_embeddings().weight.shape[0]
+        embeddings: Any = causal_lm(self.load(self.holds or INIT)).get_input_embeddings()
+        return embeddings.weight.shape[0]
 
     # Training
 
@@ -187,7 +190,9 @@ class Pipeline:
             callbacks=[MetricsCallback(lambda step, logs: self._log(stage, step, logs))],
             **kwargs,
         )
-        _quiet(trainer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(QuietProgress(f"{stage}/train"))
         done = sorted_checkpoints(checkpoints)
         last = done[-1] if done else None
         if self.process.is_main_process:
@@ -316,7 +321,7 @@ class Pipeline:
 
     def _generator(self, stage: str, samples: int) -> Generator:
         g: GenerationSettings = self.settings.generation
-        kwargs = {
+        kwargs: dict[str, Any] = {
             "samples_per_prompt": samples,
             "temperature": g.temperature,
             "top_p": g.top_p,
@@ -425,7 +430,7 @@ class Pipeline:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return a response's text."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def load_reward(name: str) -> Reward:
@@ -470,11 +475,3 @@ def call_reward(reward: Reward, prompts: Sequence[str], completions: Sequence[st
             f"(rows {rows}{' and more' if len(bad) > 5 else ''})"
         )
     return [float(value) for value in values]
-
-
-def _quiet(trainer: PreferenceTrainer) -> None:
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(QuietProgress)

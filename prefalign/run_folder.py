@@ -152,7 +152,7 @@ class RunFolder:
         identity = {name: value for name, value in settings.items() if name not in _NOT_IDENTITY}
         if resume and overwrite:
             raise RunError("resume and overwrite: expected one of them at most, got both")
-        self._start = {
+        self._start: dict[str, Any] = {
             "algorithm": algorithm,
             "settings": identity,
             "versions": _versions(),

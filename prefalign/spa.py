@@ -77,6 +77,10 @@ class SPA:
     def run(self) -> None:
         """Run the algorithm, or what is left of it."""
         settings, parts = self.settings, self.parts
+        self.say(
+            f"{SEED}: DPO on {len(self.seed_pairs)} labelled pairs; "
+            f"{len(self.held_out)} more are held out to watch the judge"
+        )
         self.train_seed()
         for i in range(1, settings.iterations + 1):
             stage, previous = iteration_stage(i), iteration_stage(i - 1)
@@ -184,7 +188,7 @@ class SPA:
         sizes = [len(row["ids"]) for row in responses]
         flat = [torch.tensor([x for row in rows for x in row]) for rows in (policy, reference)]
         logits = pairwise_preference_logits(*flat, group_sizes=sizes, beta=beta)
-        pairs = []
+        pairs: list[dict[str, Any]] = []
         for index, row in enumerate(responses):
             row["policy_logps"], row["reference_logps"] = policy[index], reference[index]
             row["rewards"] = [
@@ -210,11 +214,9 @@ class SPA:
                     }
                 )
         if dropped := len(responses) - len({id(p["prompt_ids"]) for p in pairs}):
-            logger.warning(
-                "%s: %d of %d prompts gave equal responses or scores, and so no pair",
-                stage,
-                dropped,
-                len(responses),
+            self.say(
+                f"{stage}: {dropped} of {len(responses)} prompts gave equal responses or scores, "
+                "and so no pair"
             )
         if self.parts.process.is_main_process and not self.parts.run.finished(stage):
             write_rows(self.parts.folder(stage) / "responses.jsonl", responses)
@@ -282,8 +284,13 @@ class SPA:
             sum(labelled) / len(labelled),
         )
         warnings = reading.warnings(self.settings.gauge)
+        self.say(
+            f"{stage}: {len(pairs)} pairs from {len(responses)} prompts; the judge orders "
+            f"{reading.judge_accuracy:.0%} of the held-out labels rightly; responses average "
+            f"{reading.mean_tokens:.1f} tokens, {reading.cut_share:.0%} cut"
+        )
         for warning in warnings:
-            logger.warning("%s: %s", stage, warning)
+            self.say(f"{stage}: warning: {warning}")
         if self.parts.process.is_main_process:
             row = {"stage": stage, "step": 0, **asdict(reading), "warnings": warnings}
             gauge.append([row | self.label_accuracy(pairs)])
@@ -364,6 +371,11 @@ class SPA:
         if self.settings.evaluation.all_labels:
             named.append((ALL_LABELS, "DPO, all labels"))
         return named
+
+    def say(self, message: str) -> None:
+        """Tell the user, once and not from every process."""
+        if self.parts.process.is_main_process:
+            logger.info(message)
 
     def report(self) -> None:
         """Write ``report.html`` over what there is."""

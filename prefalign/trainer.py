@@ -118,7 +118,7 @@ class PreferenceTrainer(Trainer):
         self.loss_type = loss_type
         self.beta = beta
         self.label_smoothing = label_smoothing
-        self._sums: dict[str, dict[str, Tensor]] = {"": {}, "eval_": {}}
+        self._sums: dict[str, dict[str, Any]] = {"": {}, "eval_": {}}
         self._staging = False
 
     # The loss
@@ -162,7 +162,7 @@ class PreferenceTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, PackedBatch],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
@@ -179,7 +179,7 @@ class PreferenceTrainer(Trainer):
     def training_step(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, list[PackedBatch]],
+        inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Run the passes of one batch; gradients are synchronised on the last one alone."""
@@ -206,7 +206,7 @@ class PreferenceTrainer(Trainer):
             )
             with context:
                 # A filler pass counts for nothing: divided by infinity.
-                items = math.inf if filler else num_items_in_batch
+                items: Any = math.inf if filler else num_items_in_batch
                 total += super().training_step(model, {"batch": batch}, items)
         return total
 
@@ -229,10 +229,11 @@ class PreferenceTrainer(Trainer):
                 losses.append(loss)
         return torch.cat(losses).mean(), None, None
 
-    def floating_point_ops(self, inputs: dict[str, list[PackedBatch]]) -> int:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 6 floating-point operations for each parameter and token."""
         tokens = sum(batch.num_tokens for batch in inputs["passes"])
-        return 6 * tokens * self.model.num_parameters()
+        assert self.model is not None
+        return 6 * tokens * sum(p.numel() for p in self.model.parameters())
 
     # Metrics: summed on the device, read at a logging step
 
@@ -240,10 +241,10 @@ class PreferenceTrainer(Trainer):
         self, prefix: str, losses: Tensor, metrics: dict[str, Tensor], batch: PackedBatch
     ) -> None:
         sums = self._sums[prefix]
-        counted = {**metrics, "num_tokens": batch.num_tokens, "pairs": losses.numel()}
-        for name, value in counted.items():
-            value = value.detach().double().sum() if isinstance(value, Tensor) else value
-            sums[name] = sums.get(name, 0) + value
+        totals: dict[str, Any] = {name: x.detach().double().sum() for name, x in metrics.items()}
+        totals |= {"num_tokens": batch.num_tokens, "pairs": losses.numel()}
+        for name, total in totals.items():
+            sums[name] = sums.get(name, 0) + total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs seen since the last log line."""
@@ -333,7 +334,21 @@ class MetricsCallback(TrainerCallback):
 
 
 class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar without a printed line for every log."""
+    """The Trainer's progress bar with a name, and without a printed line for every log.
+
+    Args:
+        name: What is trained.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the loss and the margin beside the bar."""
