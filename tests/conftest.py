@@ -16,10 +16,6 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker would start a thread per core; several such pools on few cores run slower.
-    torch.set_num_threads(1)
-
 
 def pytest_configure(config):
     """Silence numpy where the interpreter computes, as a GPU does, what is then masked off."""

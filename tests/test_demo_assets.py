@@ -129,13 +129,13 @@ def test_splits_are_disjoint():
 @pytest.mark.parametrize(
     ("completion", "reward"),
     [
-        (' a sheltered port; "the ships in the harbor"', 2),
-        (' a sheltered port; "Harbors are for ships"', 2),
-        (' give shelter to; "she harbored a grudge."', 2),
-        (' a sheltered port; "they were harboring a thief".', 2),
+        (' a sheltered port; "the ships in the harbor"', 1),
+        (' a sheltered port; "Harbors are for ships"', 1),
+        (' give shelter to; "she harbored a grudge."', 1),
+        (' a sheltered port; "they were harboring a thief".', 1),
         (' a sheltered port; "the ships in the port"', 1),
         (' a harbor; "the ships in the port"', 1),
-        (' a port; "ships rest here"; "the harbor was full"', 2),
+        (' a port; "ships rest here"; "the harbor was full"', 1),
         (" a sheltered port where ships can take on cargo", 0),
         (' a sheltered port; "the ships in the harbor', 0),
         (' a port; "ships rest in harbor"; "the', 0),
@@ -155,38 +155,17 @@ def test_gold_reward(completion, reward):
     assert gold.gold_reward(["define harbor (noun):"], [completion]) == [float(reward)]
 
 
-@pytest.mark.parametrize(
-    ("word", "example", "reward"),
-    [
-        ("happy", "they lived happily ever after", 2),
-        ("carry", "he carries the bag", 2),
-        ("hope", "she was hoping for rain", 2),
-        ("stop", "the bus stopped at once", 2),
-        ("drive", "the driver fell asleep", 2),
-        ("port", "a portable typewriter was sold", 1),
-        ("art", "the party was fun", 1),
-    ],
-)
-def test_gold_reward_knows_inflections(word, example, reward):
-    assert gold.score(f"define {word} (verb):", f' a thing; "{example}"') == reward
-
-
 def test_gold_reward_refuses_what_it_cannot_read():
-    with pytest.raises(ValueError, match="not a prompt"):
-        gold.score("what is a harbor?", ' a port; "ships in the harbor"')
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="expected 1 completions, got 0"):
         gold.gold_reward(["define harbor (noun):"], [])
 
 
-def test_annotate_win_rate_and_mean():
+def test_annotate_skips_ties():
     prompts = ["define harbor (noun):", "define run (verb):"]
-    plain, quoted, uses = " a port", ' a port; "ships rest here"', ' x; "ships in a harbor"'
-    assert gold.annotate(prompts, [[plain, uses, quoted], [plain, plain]]) == [
-        {"prompt": prompts[0], "chosen": uses, "rejected": plain}
+    plain, quoted = " a port", ' a port; "ships rest here"'
+    assert gold.annotate(prompts, [[plain, quoted, quoted], [plain, plain]]) == [
+        {"prompt": prompts[0], "chosen": quoted, "rejected": plain}
     ]
-    assert gold.win_rate(prompts, [uses, plain], [quoted, plain]) == 0.75
-    assert gold.win_rate(prompts, [plain, plain], [quoted, quoted]) == 0.0
-    assert gold.mean_reward(prompts, [uses, plain]) == 1.0
 
 
 def test_corpus_is_cut_from_glosses():
