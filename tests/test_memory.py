@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokenizer
 from training import SETTINGS, noise_kwargs, random_groups
 
 from prefalign.attention import use_packed_attention
+from prefalign.generation import TransformersGenerator
 from prefalign.models import score
 from prefalign.noise_aware import NoiseAwareTrainer
 from prefalign.packing import pack
@@ -71,3 +72,13 @@ def test_a_training_step_and_an_evaluation_make_no_logits(wide, tmp_path, kind):
 def test_judging_makes_no_logits(wide):
     model, groups, logits = wide
     assert largest_allocation(lambda: list(score(model, groups, max_tokens=10**6))) < logits
+
+
+def test_generating_makes_logits_of_the_last_tokens_alone(wide):
+    model, groups, _ = wide
+    generator = TransformersGenerator(
+        model, tiny_tokenizer(), samples_per_prompt=1, max_new_tokens=3, batch_size=4
+    )
+    prompts = [group.prompt_ids * 8 for group in groups[:4]]
+    whole = sum(map(len, prompts)) * VOCAB * 4
+    assert largest_allocation(lambda: generator.generate(prompts, seed=0)) < whole / 2

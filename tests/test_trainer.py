@@ -321,3 +321,36 @@ def test_a_resumed_lora_run_ends_in_the_same_weights(tmp_path):
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
+
+
+@pytest.mark.parametrize("max_tokens", [40, 4096])
+def test_packed_losses_and_gradients_equal_one_sequence_at_a_time_in_float64(tmp_path, max_tokens):
+    groups = random_groups(6)
+    model, reference = model_and_reference(dtype=torch.float64)
+    arguments = training_arguments(SETTINGS, tmp_path, num_pairs=6, epochs=1)
+    trainer = PreferenceTrainer(
+        model, arguments, Groups(groups), max_tokens=max_tokens, reference=reference
+    )
+    with torch.no_grad():  # away from the reference, so that no margin is 0
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    eager = Eager(copy.deepcopy(model))
+    eager.reference = copy.deepcopy(reference.model)
+    for each in (eager.model, eager.reference):
+        each.set_attn_implementation("sdpa")  # transformers' eager softmax is float32
+    packed = {}
+    for batch in trainer.data_collator(groups)["passes"]:
+        losses, _ = trainer.pair_losses(model, batch)
+        losses.sum().backward()
+        packed |= dict(zip(batch.example_ids.tolist(), losses.tolist(), strict=True))
+    for group in groups:
+        loss = eager.loss(group)
+        loss.backward()
+        assert packed[group.example_id] == pytest.approx(loss.item(), abs=1e-12)
+        assert abs(loss.item() - math.log(2)) > 1e-4
+    for (name, ours), theirs in zip(
+        model.named_parameters(), eager.model.parameters(), strict=True
+    ):
+        assert ours.grad.dtype == torch.float64
+        error = (ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()
+        assert error < 1e-9, name
