@@ -408,7 +408,6 @@ def training_arguments(
         "save_total_limit": 1,
         "report_to": settings.report_to or "none",
         "restore_callback_states_from_checkpoint": True,
-        "ddp_broadcast_buffers": False,  # a collective in every pass, for buffers that never change
         "ddp_find_unused_parameters": False,
         "seed": seed,
         "use_cpu": not torch.accelerator.is_available(),

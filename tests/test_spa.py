@@ -179,3 +179,24 @@ def test_lora_keeps_one_copy_of_the_base(whole_run):
     assert (
         folder / "lora" / "iteration-2" / "model" / "adapter_model.safetensors"
     ).stat().st_size < base
+
+
+def test_two_processes_make_the_same_run(whole_run):
+    folder, options, *_ = whole_run
+    options = {
+        **options,
+        "output_dir": folder / "two",
+        "training.arguments": '{"ddp_backend": "gloo"}',
+    }
+    python, *rest = command(options)
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, *rest], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_rows(folder / n / "iteration-1" / "responses.jsonl") for n in ("run", "two"))
+    assert [r["responses"] for r in one] == [r["responses"] for r in two]
+    for stage in ("seed", "iteration-1"):
+        ours, theirs = (final_weights(folder / name, stage) for name in ("two", "run"))
+        assert torch.allclose(ours, theirs, atol=1e-3), stage
+        assert not torch.equal(theirs, final_weights(folder / "run", "control"))
