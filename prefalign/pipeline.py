@@ -455,9 +455,12 @@ def call_reward(reward: Reward, prompts: Sequence[str], completions: Sequence[st
     """Call a reward function and check what it returned.
 
     Raises:
-        RunError: It returned too few or too many values, or something that is not a finite number.
+        RunError: It raised, returned too few or too many values, or one that is no finite number.
     """
-    values = reward(prompts, completions)
+    try:
+        values = reward(prompts, completions)
+    except Exception as error:
+        raise RunError(f"evaluation.reward: it raised {type(error).__name__}: {error}") from error
     if len(values) != len(completions):
         raise RunError(
             f"evaluation.reward: expected {len(completions)} values, one for each completion, "

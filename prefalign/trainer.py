@@ -159,6 +159,10 @@ class PreferenceTrainer(Trainer):
 
     # What the Trainer calls
 
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        """Open autocast around the loss: the head and the reference run outside model.forward."""
+        return self.accelerator.autocast()
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -222,7 +226,7 @@ class PreferenceTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the mean loss of an evaluation batch; the metrics are gathered on the side."""
         losses = []
-        with torch.no_grad():
+        with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self._prepare_inputs(inputs)["passes"]:
                 loss, metrics = self.pair_losses(model, batch)
                 self._store("eval_", loss, metrics, batch)
@@ -416,6 +420,10 @@ def training_arguments(
         values["gradient_checkpointing"] = True
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
-        return TrainingArguments(**{**values, **settings.arguments})
+        arguments = TrainingArguments(**{**values, **settings.arguments})
     except (TypeError, ValueError, ImportError) as error:
         raise RunError(f"training: {error}") from None
+    # Of several GPUs one process takes the first: transformers would split batches over all of
+    # them (nn.DataParallel), which packed ones cannot be. A launcher gives each its process.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -56,8 +56,10 @@ class Eager:
         return -torch.nn.functional.logsigmoid(margin)
 
 
-def test_the_first_loss_is_ln_2_for_every_pair_exactly():
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_first_loss_is_ln_2_for_every_pair_exactly(mixed_precision):
     model, reference = model_and_reference()
+    settings = replace(SETTINGS, mixed_precision=mixed_precision)
     seen = []
 
     class Watching(PreferenceTrainer):
@@ -67,7 +69,7 @@ def test_the_first_loss_is_ln_2_for_every_pair_exactly():
             return losses, metrics
 
     groups = random_groups(12)
-    arguments = training_arguments(SETTINGS, "unused", num_pairs=12, epochs=1, max_steps=1)
+    arguments = training_arguments(settings, "unused", num_pairs=12, epochs=1, max_steps=1)
     arguments.save_strategy = "no"
     Watching(model, arguments, Groups(groups), max_tokens=48, reference=reference).train()
     assert len(seen) > 1  # several passes
