@@ -73,7 +73,8 @@ class Pipeline:
 
     def __init__(self, settings: SPASettings, algorithm: str):
         self.settings = settings
-        self.process = PartialState()
+        # Said now: without it several processes on CPUs would each take themselves for the only one.
+        self.process = PartialState(cpu=not torch.accelerator.is_available())
         self.run = RunFolder(
             settings.output_dir,
             algorithm,

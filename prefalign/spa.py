@@ -268,7 +268,9 @@ class SPA:
     ) -> None:
         """Read the gauge; warn, or stop the run, where a reading is past its threshold."""
         gauge = StepLog(self.parts.run.path / "gauge.jsonl")
-        if taken := gauge.rows(stage):
+        taken = gauge.rows(stage)
+        self.parts.process.wait_for_everyone()  # all have looked before one writes
+        if taken:
             self.stop_on_collapse(stage, taken[-1]["warnings"])
             return
         labelled = [

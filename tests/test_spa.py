@@ -183,11 +183,7 @@ def test_lora_keeps_one_copy_of_the_base(whole_run):
 
 def test_two_processes_make_the_same_run(whole_run):
     folder, options, *_ = whole_run
-    options = {
-        **options,
-        "output_dir": folder / "two",
-        "training.arguments": '{"ddp_backend": "gloo"}',
-    }
+    options = {**options, "output_dir": folder / "two"}
     python, *rest = command(options)
     launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
