@@ -73,7 +73,7 @@ class Pipeline:
 
     def __init__(self, settings: SPASettings, algorithm: str):
         self.settings = settings
-        # Said now: without it several processes on CPUs would each take themselves for the only one.
+        # Said now: else each of several processes on CPUs would take itself for the only one.
         self.process = PartialState(cpu=not torch.accelerator.is_available())
         self.run = RunFolder(
             settings.output_dir,

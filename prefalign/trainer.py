@@ -27,6 +27,7 @@ from .kernels.preference_loss import preference_loss
 from .kernels.sequence_logps import sequence_logps
 from .models import Reference, head_arguments, read_head, target_hidden
 from .packing import Group, PackedBatch, pack, split_by_tokens
+from .references import REFERENCE_ADAPTER
 from .run_folder import remove
 
 CHOSEN, REJECTED = slice(0, None, 2), slice(1, None, 2)
@@ -293,6 +294,9 @@ class PreferenceTrainer(Trainer):
         if self.args.should_save:
             done = sorted_checkpoints(staging.parent)
             for checkpoint in staging.glob("checkpoint-*"):
+                # π_{i-1}'s adapter does not change; where it is there, transformers 5.17
+                # reads it alone when it resumes, and not the policy's.
+                remove(checkpoint / REFERENCE_ADAPTER)
                 os.replace(checkpoint, staging.parent / checkpoint.name)
             remove(staging)
             keep = self.args.save_total_limit
