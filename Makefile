@@ -26,6 +26,7 @@ test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/prefalign bench
 
 demo: $(STAMP)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,8 @@ def check_tensor(
     if value.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected dtype {wanted}, got {_dtype_name(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimension(s), got shape {_shape(value)}")
     if value.ndim < min_ndim:
@@ -173,9 +175,22 @@ def check_number(
         raise ValueError(f"{name}: expected a number of at least {low:g}, got {value}")
     if high is not None and not value <= high:
         raise ValueError(f"{name}: expected a number of at most {high:g}, got {value}")
-    if value in (float("inf"), float("-inf")) or value != value:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond every float
+        number = float("inf")
+    if number in (float("inf"), float("-inf")) or number != number:
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
+
+
+def check_ignore_index(value: Any) -> int:
+    """Return ``value`` after checking that it is an integer that targets can hold."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {value}")
+    return value
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -188,6 +203,8 @@ def check_outputs(outputs: Any, choices: Sequence[str]) -> tuple[str, ...]:
     """Return ``outputs`` as a tuple of distinct names out of ``choices``, in the order given."""
     if isinstance(outputs, str):
         raise TypeError(f"outputs: expected a sequence of names, got the string {outputs!r}")
+    if not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs: expected a sequence of names, got {type(outputs).__name__}")
     names = tuple(outputs)
     for name in names:
         check_choice("outputs", name, choices)

@@ -141,8 +141,8 @@ def _compile(request: dict[str, Any]) -> Resources:
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         counts = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
-        spills = counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
-        return Resources(counts["vgpr_count"], spills, shared)
+        # Scalar registers spill to lanes of vector registers, not to memory: not counted.
+        return Resources(counts["vgpr_count"], counts["vgpr_spill_count"], shared)
     return Resources(*_cubin_usage(compiled.asm["cubin"]), shared)
 
 

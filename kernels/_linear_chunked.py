@@ -2,17 +2,20 @@
 
 For a chunk of rows and a tile of vocabulary entries, with ``k = logit_scale / temperature``:
 
-    z = f(hidden @ weight.T + bias)                      one GEMM into a preallocated tile
+    z = f(hidden @ weight.T + bias)                      one GEMM, z_y put in by itself
     m' = max(m, max_v z);  r = exp(m - m')               online log-sum-exp
     e = exp(z - m');  s' = r·s + sum_v e
-    A' = r·A + (e·f') @ weight                           only for the row Jacobian
-    at the end: logp = z_y - m - log s;  J = k·(f'_y·weight[y] - A / s)
+    A' = r·A + (e·f'·[v != y]) @ weight                  only for the row Jacobian
+    at the end: logp = z_y - m - log s;  J = k·(f'_y·(1 - p_y)·weight[y] - A / s)
 
 The triple does the same for two logits tiles over one weight tile and takes the extrapolated logits
-from the two. Every buffer is allocated once per call; nothing has N·V elements.
+from the two. Nothing has N·V elements.
 
-16-bit inputs are multiplied as float32, so that no logit is rounded. bfloat16-valued float32
-numbers may go through oneDNN's bfloat16 path: the products are exact there, the sums float32.
+Logits of 16-bit inputs are made by a float32 GEMM, so that none is rounded; bfloat16-valued float32
+numbers may go through oneDNN's bfloat16 path, where the products are exact and the sums float32.
+What only feeds a gradient (e, and the logits' gradients) is rounded to bfloat16 for a true
+bfloat16 GEMM, twice as fast, whose tiles are summed in float32. The target's own entry is kept out
+of A: a confident token has p_y near 1 and a small J, which p_y rounded to 8 bits would drown.
 """
 
 from __future__ import annotations
@@ -82,6 +85,45 @@ def _gemm_precision(tensor: torch.Tensor) -> Iterator[None]:
                 switch.fp32_precision = _precision_before
 
 
+# torch.mm's float32 GEMM is MKL's, which on an AMD Zen 5 runs at 220 GFLOP/s where oneDNN's runs at
+# 480. This op is the way to oneDNN's; it takes any strides. It adds D products in one row: errors
+# 1.5 (D 896) to 2.1 (D 2048) times MKL's, hence ``_target_logits``.
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# Rounded probabilities average out over a large vocabulary; a small one has no time to save.
+_NARROW_VOCAB = 4096
+_onednn_has_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+
+
+def _dot(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x @ w.T``."""
+    if _onednn_linear is None or x.dtype != torch.float32 or x.is_cuda:
+        return torch.mm(x, w.T)
+    return _onednn_linear(x, w, None, "none", [], "")
+
+
+def _gradient_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which GEMMs that only feed a gradient take their operands."""
+    if (
+        weight.dtype == torch.bfloat16
+        and weight.shape[0] >= _NARROW_VOCAB
+        and (weight.is_cuda or _onednn_has_bf16())
+    ):
+        return torch.bfloat16
+    return compute_dtype(weight)
+
+
+def _gradient_dot(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x @ w.T`` in ``w``'s dtype, to be summed in float32."""
+    return torch.mm(x.to(w.dtype), w.T) if w.dtype == torch.bfloat16 else _dot(x, w)
+
+
+def _accumulate(sums: torch.Tensor, part: torch.Tensor, alpha: float = 1.0) -> None:
+    """Add ``part``, in blocks where it must be cast, since the cast makes a temporary."""
+    step = len(sums) if part.dtype == sums.dtype else 256
+    for lo in range(0, len(sums), step):
+        sums[lo : lo + step].add_(part[lo : lo + step], alpha=alpha)
+
+
 class _Tiles:
     """Preallocated [rows, tile] buffers, handed out as contiguous [n, v] views."""
 
@@ -108,16 +150,15 @@ class _Slices:
 class _Online:
     """Running statistics of rows of logits: maximum, sum of exponentials, target, extras."""
 
-    def __init__(self, like: torch.Tensor, n: int, dtype: torch.dtype, extras: tuple[str, ...]):
-        self.m = like.new_full((n,), LOWEST, dtype=dtype)
-        self.s = like.new_zeros(n, dtype=dtype)
-        self.zy = like.new_zeros(n, dtype=dtype)
+    def __init__(self, zy: torch.Tensor, extras: tuple[str, ...] = ()):
+        self.m = torch.full_like(zy, LOWEST)
+        self.s = torch.zeros_like(zy)
+        self.zy = zy
         self.extras = extras
-        self.sums = {name: like.new_zeros(n, dtype=dtype) for name in extras}
+        self.sums = {name: torch.zeros_like(zy) for name in extras}
 
-    def update(self, z, local, inside, scratch=None):
+    def update(self, z, scratch=None):
         """Take in one tile of logits. Return (e = exp(z - m), r); ``z``'s buffer is used up."""
-        self.zy = torch.where(inside, z.gather(1, local)[:, 0], self.zy)
         if "mean_logits" in self.extras:
             self.sums["mean_logits"] += z.sum(1)
         m = torch.maximum(self.m, z.amax(1))
@@ -159,15 +200,28 @@ def finish_stats(m, s, zy, sums, V) -> dict[str, torch.Tensor]:
     return out
 
 
-def _logits(h, w, bias, head: Head, out: torch.Tensor) -> torch.Tensor:
-    torch.mm(h, w.T, out=out)
-    if bias is not None:
-        out.add_(bias)
+def _logits(h, w, bias, head: Head) -> torch.Tensor:
+    out = _dot(h, w)
+    return _cap(out if bias is None else out.add_(bias), head)
+
+
+def _cap(out: torch.Tensor, head: Head) -> torch.Tensor:
     if head.softcap is None:
         scale = head.scale / head.temperature
         return out if scale == 1.0 else out.mul_(scale)
     out.mul_(head.scale / head.softcap).tanh_()
     return out.mul_(head.softcap / head.temperature)
+
+
+def _target_logits(h, weight, y, bias, head: Head) -> torch.Tensor:
+    """The logits of each row's own target, [n], to put in the place of the GEMM's.
+
+    The target's error goes straight into the log-prob, that of the others is averaged. A GEMM adds
+    D products one after another, ``sum`` adds them pairwise.
+    """
+    y = y.clamp(0, weight.shape[0] - 1)
+    u = weight[y].to(h.dtype).mul_(h).sum(1)
+    return _cap(u if bias is None else u.add_(bias[y]), head)
 
 
 def _slope(z: torch.Tensor, head: Head, out: torch.Tensor) -> torch.Tensor:
@@ -212,10 +266,10 @@ def forward(
         return result, norm, J
     rows = min(rows, total)
     sloped = jacobian and head.softcap is not None
-    # Buffer 0: logits. 1: the reference's, or scratch. The last: extrapolated, then the slope.
-    count = 3 if reference else 1 + bool(extras) + sloped
-    tiles = _Tiles(hidden, dtype, rows, tile, count)
+    # The first: extrapolated, or scratch of the extras. The last: the slope.
+    tiles = _Tiles(hidden, dtype, rows, tile, (bool(extras) or reference is not None) + sloped)
     slices = _Slices(weight, dtype, tile)
+    narrow = _gradient_dtype(weight)
     ref_slices = None
     if reference and reference.weight is not None:
         ref_slices = _Slices(reference.weight, dtype, tile)
@@ -227,32 +281,40 @@ def forward(
             n = end - start
             h = hidden[index].to(dtype)
             y = targets[index]
-            stats = _Online(hidden, n, dtype, extras)
+            stats = _Online(_target_logits(h, weight, y, bias, head), extras)
             acc = acc_buffer[:n].zero_() if jacobian else None
             if reference:
                 ref_h = reference.hidden[index].to(dtype)
-                ref_stats, ext_stats = (_Online(hidden, n, dtype, ()) for _ in range(2))
+                ref_w = weight if reference.weight is None else reference.weight
+                ref_stats = _Online(_target_logits(ref_h, ref_w, y, reference.bias, head))
+                ext_stats = _Online(
+                    _extrapolate(stats.zy, ref_stats.zy, reference.extrapolation, bias is not None)
+                )
             for lo in range(0, V, tile):
                 hi = min(lo + tile, V)
                 v = hi - lo
                 w = slices(lo, hi)
                 local = (y - lo).clamp_(0, v - 1)[:, None]
                 inside = (y >= lo) & (y < hi)
-                z = _logits(h, w, _part(bias, lo, hi), head, tiles.view(0, n, v))
+                z = _logits(h, w, _part(bias, lo, hi), head)
+                _put(z, local, inside, stats.zy)
                 if reference:
                     ref_w = w if ref_slices is None else ref_slices(lo, hi)
-                    ref_z = tiles.view(1, n, v)
-                    _logits(ref_h, ref_w, _part(reference.bias, lo, hi), head, ref_z)
-                    ext = torch.mul(ref_z, -reference.extrapolation, out=tiles.view(2, n, v))
-                    ext.add_(z, alpha=1.0 + reference.extrapolation)
-                    if bias is not None:  # -inf in both (a padded vocabulary) is -inf, not NaN
-                        ext.masked_fill_(z == -torch.inf, -torch.inf)
-                    ref_stats.update(ref_z, local, inside)
-                    ext_stats.update(ext, local, inside)
-                slope = _slope(z, head, tiles.view(count - 1, n, v)) if sloped else None
-                e, r = stats.update(z, local, inside, tiles.view(1, n, v) if extras else None)
+                    ref_z = _logits(ref_h, ref_w, _part(reference.bias, lo, hi), head)
+                    _put(ref_z, local, inside, ref_stats.zy)
+                    ext = tiles.view(0, n, v)
+                    _extrapolate(z, ref_z, reference.extrapolation, bias is not None, out=ext)
+                    ext_stats.update(ext)
+                    ref_stats.update(ref_z)
+                    del ref_z
+                slope = _slope(z, head, tiles.view(-1, n, v)) if sloped else None
+                e, r = stats.update(z, tiles.view(0, n, v) if extras else None)
                 if jacobian:
-                    acc.mul_(r[:, None]).addmm_(e if slope is None else e.mul_(slope), w)
+                    _put(e, local, inside, 0)
+                    e = e if slope is None else e.mul_(slope)
+                    w = w if narrow == dtype else weight[lo:hi]
+                    _accumulate(acc.mul_(r[:, None]), _gradient_dot(e, w.T))
+                del z, e  # before the next tile is made
             out = stats.results(V)
             if reference:
                 out["reference"] = ref_stats.results(V)["logps"]
@@ -270,15 +332,25 @@ def forward(
     return result, norm, J
 
 
+def _put(tile: torch.Tensor, local, inside, values) -> None:
+    """Write ``values`` ([n] or a number) at the rows' targets, where those lie inside the tile."""
+    kept = tile.gather(1, local)[:, 0]
+    tile.scatter_(1, local, torch.where(inside, values, kept).to(tile.dtype)[:, None])
+
+
+def _extrapolate(z, ref_z, extrapolation: float, biased: bool, out=None):
+    ext = torch.mul(ref_z, -extrapolation, out=out).add_(z, alpha=1.0 + extrapolation)
+    # -inf in both (a padded vocabulary) is -inf, not NaN; only a bias makes it.
+    return ext.masked_fill_(z == -torch.inf, -torch.inf) if biased else ext
+
+
 def _finish_jacobian(acc, stats, weight, y, head, V):
-    """k·(f'_y·weight[y] - acc / s), in the accumulator's buffer."""
+    """k·(f'_y·(1 - p_y)·weight[y] - acc / s), in the accumulator's buffer."""
     acc.div_(stats.s[:, None]).neg_()
-    rows = weight[y.clamp(0, V - 1)]
-    if head.softcap is None:
-        acc.add_(rows)
-    else:
-        slope = _slope(stats.zy, head, torch.empty_like(stats.zy))
-        acc.addcmul_(slope[:, None], rows.to(acc.dtype))
+    factor = torch.expm1((stats.zy - stats.m) - stats.s.log()).neg_()
+    if head.softcap is not None:
+        factor *= _slope(stats.zy, head, torch.empty_like(stats.zy))
+    acc.addcmul_(factor[:, None], weight[y.clamp(0, V - 1)].to(acc.dtype))
     return acc.mul_(head.scale / head.temperature)
 
 
@@ -367,9 +439,15 @@ def _backward_tiles(
     rows = min(rows, last - first)
     k = head.scale / head.temperature
     scattered = dh is not None and kept is not None and dh.shape[0] == hidden.shape[0]
-    scratch_tiles = 2 * (grad_entropy is not None or head.softcap is not None)
-    tiles = _Tiles(hidden, dtype, rows, tile, 1 + scratch_tiles)
+    narrow = _gradient_dtype(weight)
     slices = _Slices(weight, dtype, tile)
+    at_target = norm.new_empty(last - first)
+    for start, end, index in _row_chunks(first, last, rows, kept):
+        zy = _target_logits(hidden[index].to(dtype), weight, targets[index], bias, head)
+        at_target[start - first : end - first] = _target_grads(
+            zy, norm[:, index], _rows(grad_logps, index, zy), _rows(grad_entropy, index, zy),
+            _rows(entropy, index, zy), head,
+        )  # fmt: skip
     copy_w = dw is not None and dw.dtype != dtype
     dw_buffer = weight.new_empty(tile, D, dtype=dtype) if copy_w else None
     for lo in range(0, V, tile):
@@ -379,58 +457,80 @@ def _backward_tiles(
         if dw is not None:
             dw_slice = dw_buffer[:v].zero_() if copy_w else dw[lo:hi]
         db_slice = None if db is None else weight.new_zeros(v, dtype=dtype)
-        for start in range(first, last, rows):
-            end = min(start + rows, last)
-            index = slice(start, end) if kept is None else kept[start:end]
-            n = end - start
+        for start, end, index in _row_chunks(first, last, rows, kept):
             h = hidden[index].to(dtype)
-            z = _logits(h, w, _part(bias, lo, hi), head, tiles.view(0, n, v))
-            scratch = [tiles.view(i, n, v) for i in range(1, len(tiles.flat))]
+            z = _logits(h, w, _part(bias, lo, hi), head)
             dz = _logit_grads(
-                z, targets[index] - lo, norm[:, index], _rows(grad_logps, index, z),
-                _rows(grad_entropy, index, z), _rows(entropy, index, z), head, scratch,
+                z, norm[:, index], _rows(grad_logps, index, z), _rows(grad_entropy, index, z),
+                _rows(entropy, index, z), head,
             )  # fmt: skip
-            if scattered:
-                dh.index_add_(0, index, torch.mm(dz, w), alpha=k)
-            elif dh is not None:
-                dh[start - first : end - first].addmm_(dz, w, alpha=k)
-            if dw is not None:
-                dw_slice.addmm_(dz.T, h, alpha=k)
+            local = targets[index] - lo
+            inside = (local >= 0) & (local < v)
+            local = local.clamp_(0, v - 1)[:, None]
+            _put(dz, local, inside, at_target[start - first : end - first])
             if db is not None:
                 db_slice.add_(dz.sum(0), alpha=k)
+            if narrow != dtype:
+                dz, h, z = dz.to(narrow), hidden[index], None
+            if dw is not None:
+                _accumulate(dw_slice, _gradient_dot(dz.T, h.T), k)
+            if dh is not None:
+                _put(dz, local, inside, 0)  # added below, unrounded
+                part = _gradient_dot(dz, (w if narrow == dtype else weight[lo:hi]).T)
+                if scattered:
+                    dh.index_add_(0, index, part.to(dtype), alpha=k)
+                else:
+                    _accumulate(dh[start - first : end - first], part, k)
+            del z, dz
         if copy_w:
             dw[lo:hi] = dw_slice
         if db is not None:
             db[lo:hi] = db_slice
+    if dh is not None:
+        for start, end, index in _row_chunks(first, last, rows, kept):
+            part = weight[targets[index].clamp(0, V - 1)].to(dtype)
+            part.mul_(at_target[start - first : end - first, None])
+            if scattered:
+                dh.index_add_(0, index, part, alpha=k)
+            else:
+                dh[start - first : end - first].add_(part, alpha=k)
+
+
+def _row_chunks(first: int, last: int, rows: int, kept: torch.Tensor | None) -> Iterator[tuple]:
+    """(start, end, index into all rows) of each chunk."""
+    for start in range(first, last, rows):
+        end = min(start + rows, last)
+        yield start, end, slice(start, end) if kept is None else kept[start:end]
 
 
 def _rows(values: torch.Tensor | None, index, like: torch.Tensor) -> torch.Tensor | None:
     return None if values is None else values[index].to(like.dtype)
 
 
-def _logit_grads(z, local, norm, g, g_entropy, entropy, head, scratch):
-    """Gradient by the GEMM's result up to k, in ``z``'s buffer.
+def _target_grads(zy, norm, g, g_entropy, entropy, head):
+    """Gradient by the GEMM's result at each row's target, up to k, [n]."""
+    m, s = norm
+    logp = (zy - m) - s.log()
+    grads = torch.zeros_like(zy) if g is None else -g * torch.expm1(logp)
+    if g_entropy is not None:
+        grads -= g_entropy * logp.exp() * (logp.clamp(min=_UNDERFLOW) + entropy)
+    return grads if head.softcap is None else grads * _slope(zy, head, torch.empty_like(zy))
 
-    f'(z)·(g·(1[y] - p) - g_entropy·p·(log p + entropy)); 0·log 0 is 0.
+
+def _logit_grads(z, norm, g, g_entropy, entropy, head):
+    """Gradient by the GEMM's result up to k, in ``z``'s buffer, as if no entry were the target.
+
+    f'(z)·(-g·p - g_entropy·p·(log p + entropy)); 0·log 0 is 0.
     """
-    v = z.shape[1]
-    inside = (local >= 0) & (local < v)
-    local = local.clamp(0, v - 1)[:, None]
     m, s = norm
     g = torch.zeros_like(m) if g is None else g
-    g_y = torch.where(inside, g, 0)
-    slope = None
-    if head.softcap is not None:
-        slope = _slope(z, head, scratch[0])
-        g_y = g_y * slope.gather(1, local)[:, 0]
+    slope = None if head.softcap is None else _slope(z, head, torch.empty_like(z))
     z.sub_(m[:, None])
     if g_entropy is None:
         dz = z.exp_().mul_((-g / s)[:, None])
     else:
-        e = torch.exp(z, out=scratch[1])
+        e = torch.exp(z)
         z.clamp_(min=_UNDERFLOW).add_((entropy - s.log())[:, None])
         z.mul_((-g_entropy / s)[:, None]).sub_((g / s)[:, None])
         dz = z.mul_(e)
-    if slope is not None:
-        dz.mul_(slope)
-    return dz.scatter_(1, local, dz.gather(1, local) + g_y[:, None])
+    return dz if slope is None else dz.mul_(slope)

@@ -27,6 +27,7 @@ from . import _linear_chunked, _linear_triton
 from ._common import (
     FLOATS,
     INTEGERS,
+    check_ignore_index,
     check_labels,
     check_number,
     check_outputs,
@@ -58,7 +59,7 @@ def reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_ind
     out = TokenLogps(
         logps=logp.gather(-1, y).squeeze(-1),
         lse=torch.logsumexp(z, -1).detach(),
-        entropy=-(logp.exp() * logp.clamp_min(torch.finfo(z.dtype).min)).sum(-1),
+        entropy=-(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1),
         mean_logits=z.mean(-1).detach(),
         is_top1=(z.gather(-1, y).squeeze(-1) >= z.amax(-1)).detach(),
         log_sum_sq_probs=torch.logsumexp(2 * logp, -1).detach(),
@@ -256,8 +257,7 @@ def check_head(
         "targets", targets, dtypes=INTEGERS, shape=hidden.shape[:-1],
         like=(f"{prefix}hidden", hidden),
     )  # fmt: skip
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    check_ignore_index(ignore_index)
     return Head(
         check_number("logit_scale", logit_scale),
         None if softcap is None else check_number("softcap", softcap, above=0),
@@ -267,8 +267,10 @@ def check_head(
 
 def autocast(hidden: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Cast to autocast's dtype where it is on, as ``F.linear`` would: same numbers on a switch."""
+    if not all(x is None or isinstance(x, torch.Tensor) for x in (hidden, *others)):
+        return [hidden, *others]  # the checks that follow name which
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
         return [hidden, *others]
     dtype = torch.get_autocast_dtype(kind)
     return [x if x is None else x.to(dtype) for x in (hidden, *others)]
@@ -288,13 +290,17 @@ def choose_strategy(plan: HeadPlan | None, hidden, weight, bias) -> tuple[str, l
         raise ValueError(
             f"plan: expected one for weight {tuple(weight.shape)}, got V={plan.V}, D={plan.D}"
         )
+    tiles = {name: getattr(plan, name) for name in ("row_chunk", "vocab_tile", "budget_bytes")}
+    for name, value in tiles.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"plan: expected {name} to be an int above 0, got {value!r}")
     if strategy != "forward" and plan.strategy not in (strategy, "recompute"):
         raise ValueError(
             f"plan: expected strategy {strategy!r} or 'recompute' for what requires a gradient, "
             f"got {plan.strategy!r}"
         )
     strategy = strategy if strategy == "forward" else plan.strategy
-    return strategy, [plan.row_chunk, plan.vocab_tile, plan.budget_bytes]
+    return strategy, list(tiles.values())
 
 
 def linear_token_logps(
@@ -375,8 +381,8 @@ def linear_token_logps(
         out = reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_index)
     else:
         *stats, _, _ = _op(
-            hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, *head,
-            ignore_index, ",".join(names), strategy, impl, *tiles,
+            hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).contiguous(), bias,
+            *head, ignore_index, ",".join(names), strategy, impl, *tiles,
         )  # fmt: skip
         out = TokenLogps(
             *(x.view(targets.shape) if name in ("logps", *names) else None

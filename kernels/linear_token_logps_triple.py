@@ -224,7 +224,7 @@ def linear_token_logps_triple(
         )
     D = hidden.shape[-1]
     *logps, _, _ = _op(
-        hidden.reshape(-1, D), weight, targets.reshape(-1), bias, ref.hidden.reshape(-1, D),
-        *ref[1:], *head, ignore_index, strategy, impl, *tiles,
+        hidden.reshape(-1, D), weight, targets.reshape(-1).contiguous(), bias,
+        ref.hidden.reshape(-1, D), *ref[1:], *head, ignore_index, strategy, impl, *tiles,
     )  # fmt: skip
     return TripleLogps(*(x.view(targets.shape) for x in logps))

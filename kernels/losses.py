@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,14 +27,24 @@ class Loss(NamedTuple):
     source: str
 
 
+def scaled(weight: float | Tensor, values: Tensor) -> Tensor:
+    """Return ``weight * values``, where a weight of 0 makes 0 of an infinity too."""
+    if isinstance(weight, Tensor):
+        return (weight * values).masked_fill(weight == 0, 0)
+    return weight * values if weight else torch.zeros_like(values)
+
+
 def sigmoid_value(z: Tensor, label_smoothing: float | Tensor) -> Tensor:
     """Return ``-(1 - e) * log sigmoid(z) - e * log sigmoid(-z)``, e the label smoothing.
 
-    As ``-log sigmoid(z) + e * z``, which is the same and exactly log 2 at ``z = 0`` for every e.
+    As ``log(1 + exp(-|z|)) + (e * z if z > 0 else (e - 1) * z)``: the same, with nothing that
+    cancels, not even infinities, and exactly log 2 at ``z = 0`` for every e.
     """
-    if isinstance(label_smoothing, Tensor):
-        return -F.logsigmoid(z) + (label_smoothing * z).masked_fill(label_smoothing == 0, 0)
-    return -F.logsigmoid(z) + label_smoothing * z if label_smoothing else -F.logsigmoid(z)
+    positive = z > 0  # and not relu and abs, whose derivatives at 0 are those of neither side
+    size = torch.where(positive, z, -z)
+    tilt = scaled(label_smoothing, size.masked_fill(~positive, 0))
+    tilt = tilt + scaled(1 - label_smoothing, size.masked_fill(positive, 0))
+    return tilt - F.logsigmoid(size)
 
 
 def sigmoid_slope(z: Tensor, label_smoothing: float | Tensor) -> Tensor:
@@ -45,9 +56,10 @@ def sigmoid_slope(z: Tensor, label_smoothing: float | Tensor) -> Tensor:
 def sigmoid_device(z, label_smoothing):
     """Return the value and the slope of the sigmoid loss."""
     tail = tl.exp(-tl.abs(z))
-    # A smoothing of 0 must not turn an infinite margin into 0 * inf.
-    tilt = tl.where(label_smoothing == 0.0, 0.0, label_smoothing * z)
-    value = tl.maximum(-z, 0.0) + log1p(tail) + tilt
+    # A weight of 0 must not turn an infinite margin into 0 * inf.
+    flip = tl.where(label_smoothing == 0.0, 0.0, label_smoothing * tl.maximum(z, 0.0))
+    keep = tl.where(label_smoothing == 1.0, 0.0, (1.0 - label_smoothing) * tl.maximum(-z, 0.0))
+    value = log1p(tail) + (flip + keep)
     slope = label_smoothing - tl.where(z >= 0.0, tail, 1.0) / (1.0 + tail)
     return value, slope
 

@@ -14,7 +14,7 @@ numbers; the backward pass reads it twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -298,6 +298,8 @@ def _sizes(
         sizes = group_sizes.tolist()
     else:
         name = "group_sizes"
+        if not isinstance(group_sizes, Iterable):
+            raise TypeError(f"group_sizes: expected integers, got {type(group_sizes).__name__}")
         sizes = list(group_sizes)
         for size in sizes:
             if isinstance(size, bool) or not isinstance(size, int):

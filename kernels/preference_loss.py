@@ -31,7 +31,7 @@ from ._common import (
     tl,
     triton,
 )
-from .losses import LOSSES
+from .losses import LOSSES, scaled
 
 BLOCK_B = 128
 
@@ -57,7 +57,8 @@ def preference_loss_reference(
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
     z = beta * (chosen - rejected)
-    losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    losses = -scaled(1 - label_smoothing, F.logsigmoid(z))
+    losses = losses - scaled(label_smoothing, F.logsigmoid(-z))
     losses = losses if weights is None else weights * losses
     return PreferenceLoss(losses, beta * chosen.detach(), beta * rejected.detach())
 

@@ -189,6 +189,7 @@ def _forward_chunked(token_logps, cu_seqlens, mask, sums, counts):
     values = token_logps.to(sums.dtype)
     if mask is not None:
         values = torch.where(mask, values, 0)
+    values = values.contiguous()  # torch.sum's order follows the strides
     if cu_seqlens is None:
         torch.sum(values, -1, out=sums)
         counts.copy_(values.shape[1] if mask is None else mask.sum(-1))

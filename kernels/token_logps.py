@@ -24,6 +24,7 @@ from torch import Tensor
 from . import _token_logps_chunked, _token_logps_triton
 from ._common import (
     INTEGERS,
+    check_ignore_index,
     check_labels,
     check_number,
     check_outputs,
@@ -90,7 +91,7 @@ def _token_logps(
         flat = [stat.view(-1) for stat in stats]
         with on_device(logits):
             IMPLEMENTATIONS[impl].forward(
-                logits, targets.reshape(-1), temperature, softcap, ignore_index, flat
+                logits, targets.reshape(-1).contiguous(), temperature, softcap, ignore_index, flat
             )
     return stats
 
@@ -134,7 +135,7 @@ def _token_logps_backward(
         grads = [None if g is None else g.reshape(-1) for g in (grad_logps, grad_entropy)]
         stats = [stat.reshape(-1) for stat in (row_max, log_sum, entropy)]
         rows = grad.view(-1, logits.shape[-1])
-        targets = targets.reshape(-1)
+        targets = targets.reshape(-1).contiguous()
         with on_device(logits):
             IMPLEMENTATIONS[impl].backward(
                 rows, grads, logits, targets, stats, temperature, softcap, ignore_index
@@ -235,6 +236,7 @@ def token_logps(
     temperature = check_number("temperature", temperature, above=0)
     if softcap is not None:
         softcap = check_number("softcap", softcap, above=0)
+    check_ignore_index(ignore_index)
     names = check_outputs(outputs, OUTPUTS)
     impl = resolve_impl(impl, logits.device, logits.dtype)
     targets = targets.long()

@@ -19,6 +19,9 @@ _HOMES = {
     "preference_loss": "kernels.preference_loss",
     "noise_aware_loss": "kernels.noise_aware_loss",
     "pairwise_preference_logits": "kernels.pairwise_preference_logits",
+    "pair_loss_head": "kernels.loss_heads",
+    "linear_preference_loss": "kernels.linear_preference_loss",
+    "plan_pairs": "kernels.linear_preference_loss",
     "plan_head": "kernels.plan",
     "HeadPlan": "kernels.plan",
     "SPA": "spa",
@@ -40,6 +43,9 @@ __all__ = [
     "preference_loss",
     "noise_aware_loss",
     "pairwise_preference_logits",
+    "pair_loss_head",
+    "linear_preference_loss",
+    "plan_pairs",
     "plan_head",
     "HeadPlan",
     "SPA",
@@ -55,8 +61,10 @@ __all__ = [
 if TYPE_CHECKING:
     from .config import SPASettings
     from .errors import UserError
+    from .kernels.linear_preference_loss import linear_preference_loss, plan_pairs
     from .kernels.linear_token_logps import linear_token_logps
     from .kernels.linear_token_logps_triple import linear_token_logps_triple
+    from .kernels.loss_heads import pair_loss_head
     from .kernels.noise_aware_loss import noise_aware_loss
     from .kernels.pairwise_preference_logits import pairwise_preference_logits
     from .kernels.plan import HeadPlan, plan_head

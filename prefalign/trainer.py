@@ -160,9 +160,11 @@ class PreferenceTrainer(Trainer):
 
     # What the Trainer calls
 
-    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Open autocast around the loss: the head and the reference run outside model.forward."""
-        return self.accelerator.autocast()
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(self.accelerator.autocast())
+        return stack
 
     def compute_loss(
         self,

@@ -1,8 +1,7 @@
-"""Every kernel compiles for every target, spills nothing and fits the smallest card."""
+"""The loss heads' kernels compile for every target, spill nothing and fit the smallest card."""
 
 import pytest
 from crosscompile import SHARED_LIMIT, TARGETS, compile_kernel
-from prefalign.kernels import _token_logps_triton as token
 from prefalign.kernels import noise_aware_loss, pairwise_preference_logits
 from prefalign.kernels import preference_loss as preference
 from prefalign.kernels import sequence_logps as sequence
@@ -17,19 +16,6 @@ def types(fn, constexprs, **given):
     """Return the types of a kernel's arguments: float32 pointers and int32 but for those given."""
     guess = {name: FLOAT if name.endswith("_ptr") else "i32" for name in fn.arg_names}
     return {name: kind for name, kind in {**guess, **given}.items() if name not in constexprs}
-
-
-def token_kernel(fn, dtype, extras):
-    flags = [name for name in fn.arg_names if name.isupper() and name not in ("V", "BLOCK_V")]
-    constexprs = {name: extras or name == "LOGPS" for name in flags}
-    constexprs |= {"stride_v": 1, "BLOCK_V": token.BLOCK_V}
-    for name in ("entropy_ptr", "mean_ptr", "top1_ptr", "sum_sq_ptr", "grad_entropy_ptr"):
-        if name in fn.arg_names and not extras:
-            constexprs[name] = None
-    kinds = {"logits_ptr": dtype, "targets_ptr": "*i64", "top1_ptr": "*i1", "grad_ptr": dtype}
-    kinds = {name: kind for name, kind in kinds.items() if name in fn.arg_names}
-    kinds |= {"stride_outer": "i64", "temperature": "fp32", "softcap": "fp32"}
-    return fn, types(fn, constexprs, **kinds), constexprs, 8, ("stride_outer", "stride_inner", "V")
 
 
 def sequence_kernel(fn, packed):
@@ -60,10 +46,6 @@ def pairwise_kernel(fn, padded):
 
 
 KERNELS = {
-    "token_logps_forward": lambda: token_kernel(token._forward_kernel, "*bf16", False),
-    "token_logps_forward_extras": lambda: token_kernel(token._forward_kernel, "*bf16", True),
-    "token_logps_backward": lambda: token_kernel(token._backward_kernel, "*bf16", False),
-    "token_logps_backward_extras": lambda: token_kernel(token._backward_kernel, FLOAT, True),
     "sequence_logps_forward": lambda: sequence_kernel(sequence._forward_kernel, True),
     "sequence_logps_backward": lambda: sequence_kernel(sequence._backward_kernel, True),
     "sequence_logps_rows_forward": lambda: sequence_kernel(sequence._forward_kernel, False),

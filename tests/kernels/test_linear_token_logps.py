@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from prefalign.kernels.linear_token_logps import OUTPUTS, linear_token_logps
 from prefalign.kernels.plan import plan_head
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,6 +126,19 @@ def test_several_row_chunks_and_slices(impl, device, dtype, budget):
         plan = plan_head(30, 100, 20, dtype=dtype, weight_grad="w" in needs, workspace_bytes=budget)
         plan = dataclasses.replace(plan, row_chunk=16, vocab_tile=64)
         check(impl, case, needs=needs, entropy=entropy, plan=plan, **SCALED)
+
+
+@pytest.mark.parametrize("needs", ["h", "hw"])
+@pytest.mark.parametrize("sure", [0.0, 30.0])
+@pytest.mark.parametrize("options", [PLAIN, SCALED], ids=["plain", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_vocabulary_and_confident_tokens(device, needs, sure, options, dtype):
+    """From 4,096 entries on gradients come from 16-bit GEMMs; where p_y is near 1, J is small."""
+    hidden, weight, targets, _, grad = make(device, 50, 4500, 40)
+    rows = weight[targets.clamp(min=0)]
+    hidden += sure * rows / rows.square().sum(1, keepdim=True)
+    case = [hidden.to(dtype), weight.to(dtype), targets, None, grad]
+    check("chunked", case, needs=needs, **options)
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])
@@ -360,22 +371,3 @@ def test_policy_equal_to_reference_gives_log_two(impl, device):
     margin = (policy - reference).view(2, 20).sum(1)
     loss = -torch.nn.functional.logsigmoid(margin[0] - margin[1])
     assert loss.item() == torch.tensor(2.0).log().item()
-
-
-@settings(max_examples=12, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 24)),
-    dtype=st.sampled_from(DTYPES),
-    bias=st.booleans(),
-    softcap=st.sampled_from([None, 3.0]),
-    scale=st.sampled_from([1.0, 0.5, -1.5]),
-    needs=st.sampled_from(["h", "hw", "hwb"]),
-    entropy=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_fuzz(shape, dtype, bias, softcap, scale, needs, entropy, seed):
-    case = make("cpu", *shape, dtype, bias=bias, seed=seed)
-    check(
-        "chunked", case, needs=needs, entropy=entropy, softcap=softcap, logit_scale=scale,
-        temperature=1.3,
-    )  # fmt: skip

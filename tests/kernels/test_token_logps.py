@@ -7,12 +7,13 @@ import pytest
 import torch
 from prefalign.kernels import _token_logps_chunked
 from prefalign.kernels._common import row_views
-from prefalign.kernels._token_logps_triton import BLOCK_V
+from prefalign.kernels.configs import row_for
 from prefalign.kernels.token_logps import OUTPUTS, TokenLogps, token_logps
 from tolerance import assert_as_exact_as_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 IMPLS = ("chunked", "triton")
+BLOCK_V = row_for(torch.device("cuda" if torch.cuda.is_available() else "cpu")).token_block
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = {}
 SCALED = {"temperature": 0.7, "softcap": 5.0}
