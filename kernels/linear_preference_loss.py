@@ -28,7 +28,7 @@ Gradients are made in the forward pass and scaled in backward by the scalar that
 It holds the logits of one chunk, ``4·rows·V`` bytes, within the workspace; dWeight is summed in
 float32 in the output itself, chunk by chunk in order. Where that cannot be or does not pay (a pair
 alone exceeds the workspace; fewer than 256 rows a chunk; 16-bit inputs; the noise-aware loss;
-Triton, to be written where there is a GPU) the cost is 4F: ``plan_pairs`` says. With the reference's
+Triton, still to be written) the cost is 4F: ``plan_pairs`` says. With the reference's
 hidden states add 1F.
 
 3F is kept because it is faster with chunks of enough rows: ms forward + backward, float32, 8 equal
