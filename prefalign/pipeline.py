@@ -9,9 +9,6 @@ are.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-import json
 import math
 import statistics
 import zlib
@@ -30,11 +27,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .attention import causal_lm
 from .config import GenerationSettings, SPASettings
 from .data import as_text
-from .errors import RunError
 from .generation import Generator, TransformersGenerator, VLLMGenerator
 from .models import check_finite, load_model, load_tokenizer, score, verify_head
 from .packing import Group
 from .references import REFERENCE_ADAPTER, is_peft, reference_of
+from .rewards import Reward, call_reward
+from .rewards import load_reward as load_reward  # spa imports it from here
 from .run_folder import (
     RunFolder,
     put_in_place,
@@ -53,7 +51,6 @@ from .trainer import (
     training_arguments,
 )
 
-Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 INIT = "init"
 """The stage whose weights are the model that the run was given, π_init."""
 
@@ -432,50 +429,3 @@ class Pipeline:
     def decode(self, ids: Sequence[int]) -> str:
         """Return a response's text."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def load_reward(name: str) -> Reward:
-    """Import a reward function, named ``file.py:function`` or ``module:function``."""
-    place, _, function = name.rpartition(":")
-    try:
-        if not place or not function:
-            raise RunError(f"expected file.py:function or module:function, got {name!r}")
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, function)
-    except (RunError, ImportError, OSError, AttributeError, SyntaxError) as error:
-        raise RunError(f"evaluation.reward: {name}: {error}") from None
-
-
-def call_reward(reward: Reward, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """Call a reward function and check what it returned.
-
-    Raises:
-        RunError: It raised, returned too few or too many values, or one that is no finite number.
-    """
-    try:
-        values = reward(prompts, completions)
-    except Exception as error:
-        raise RunError(f"evaluation.reward: it raised {type(error).__name__}: {error}") from error
-    if len(values) != len(completions):
-        raise RunError(
-            f"evaluation.reward: expected {len(completions)} values, one for each completion, "
-            f"got {len(values)}"
-        )
-    bad = [
-        i
-        for i, value in enumerate(values)
-        if isinstance(value, str | bytes) or value is None or not math.isfinite(value)
-    ]
-    if bad:
-        rows = ", ".join(map(str, bad[:5]))
-        raise RunError(
-            f"evaluation.reward: expected finite numbers, got {json.dumps(str(values[bad[0]]))} "
-            f"(rows {rows}{' and more' if len(bad) > 5 else ''})"
-        )
-    return [float(value) for value in values]
