@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import enhancement_loss as _enhancement_loss
 from . import linear_token_logps as _linear_token_logps
 from . import noise_aware_loss as _noise_aware_loss
 from . import pairwise_preference_logits as _pairwise_preference_logits
@@ -166,6 +167,43 @@ class NoiseAwareLoss(_Op):
             alpha=alpha,
             threshold=threshold,
             weights=weights,
+            **self.options,
+        )
+
+
+class EnhancementLoss(_Op):
+    """``enhancement_loss`` as a module; the threshold, which decays, comes with the call."""
+
+    def __init__(
+        self,
+        *,
+        ranking: str = "mean",
+        sft: str = "mean",
+        temperature: float = 1.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(ranking=ranking, sft=sft, temperature=temperature, impl=impl)
+
+    def forward(
+        self,
+        plain_logps: Tensor,
+        guided_logps: Tensor,
+        plain_rewards: Tensor,
+        guided_rewards: Tensor,
+        plain_lengths: Tensor | None = None,
+        guided_lengths: Tensor | None = None,
+        *,
+        threshold: float | Tensor,
+    ) -> _enhancement_loss.EnhancementLoss:
+        """Return the losses and the flags ``[B]``, and the weights ``[B, 2]``."""
+        return _enhancement_loss.enhancement_loss(
+            plain_logps,
+            guided_logps,
+            plain_rewards,
+            guided_rewards,
+            plain_lengths=plain_lengths,
+            guided_lengths=guided_lengths,
+            threshold=threshold,
             **self.options,
         )
 

@@ -18,6 +18,8 @@ _HOMES = {
     "sequence_logps": "kernels.sequence_logps",
     "preference_loss": "kernels.preference_loss",
     "noise_aware_loss": "kernels.noise_aware_loss",
+    "enhancement_loss": "kernels.enhancement_loss",
+    "released_weights": "kernels.enhancement_loss",
     "pairwise_preference_logits": "kernels.pairwise_preference_logits",
     "pair_loss_head": "kernels.loss_heads",
     "linear_preference_loss": "kernels.linear_preference_loss",
@@ -42,6 +44,8 @@ __all__ = [
     "sequence_logps",
     "preference_loss",
     "noise_aware_loss",
+    "enhancement_loss",
+    "released_weights",
     "pairwise_preference_logits",
     "pair_loss_head",
     "linear_preference_loss",
@@ -61,6 +65,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .config import SPASettings
     from .errors import UserError
+    from .kernels.enhancement_loss import enhancement_loss, released_weights
     from .kernels.linear_preference_loss import linear_preference_loss, plan_pairs
     from .kernels.linear_token_logps import linear_token_logps
     from .kernels.linear_token_logps_triple import linear_token_logps_triple

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from prefalign.kernels.enhancement_loss import enhancement_loss
 from prefalign.kernels.noise_aware_loss import noise_aware_loss
 from prefalign.kernels.pairwise_preference_logits import pairwise_preference_logits
 from prefalign.kernels.preference_loss import preference_loss
@@ -62,6 +63,16 @@ def noise_aware_case(device, impl):
     )
 
 
+def enhancement_case(device, impl):
+    rewards, lengths = logps(2, device), torch.tensor([3, 1, 4, 1, 5, 9], device=device)
+    options = {"plain_lengths": lengths, "guided_lengths": lengths.flip(0), "impl": impl}
+    options |= {"threshold": 0.5, "ranking": "logistic"}
+    return (
+        lambda p, g: (enhancement_loss(p, g, *rewards, **options).losses,),
+        logps(2, device),
+    )
+
+
 def pairwise_case(device, impl):
     policy, reference = logps(2, device)
     options = {"group_sizes": [4, 2], "impl": impl}
@@ -73,6 +84,7 @@ CASES = {
     "sequence_logps": sequence_case,
     "preference_loss": preference_case,
     "noise_aware_loss": noise_aware_case,
+    "enhancement_loss": enhancement_case,
     "pairwise_preference_logits": pairwise_case,
 }
 
@@ -183,6 +195,7 @@ def opcheck_samples(device, impl):
     c, r, a, b, e, f, w = logps(7, device)
     cu = torch.tensor([0, 2, 6], device=device)
     scalar = torch.tensor(0.3, device=device)
+    lengths = torch.arange(6, device=device)
     leaf = logits.clone().requires_grad_()
     c, r = c.requires_grad_(), r.requires_grad_()
     row = torch.randn(2, 5, device=device)
@@ -205,6 +218,14 @@ def opcheck_samples(device, impl):
         "noise_aware_loss": (
             ops.noise_aware_loss,
             (c, r, a, b, e, f, None, scalar, scalar, 0.1, impl),
+        ),
+        "enhancement_loss": (
+            ops.enhancement_loss,
+            (c, r, lengths, lengths, a, b, scalar, "mean", "mean", 0.7, impl),
+        ),
+        "enhancement_loss_of_sums": (
+            ops.enhancement_loss,
+            (c, r, None, None, a, b, scalar, "sum", "sum", 0.7, impl),
         ),
         "pairwise_preference_logits": (
             ops.pairwise_preference_logits,

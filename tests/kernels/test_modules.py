@@ -2,6 +2,7 @@
 
 import torch
 from prefalign.kernels import modules
+from prefalign.kernels.enhancement_loss import enhancement_loss
 from prefalign.kernels.linear_token_logps import linear_token_logps
 from prefalign.kernels.noise_aware_loss import noise_aware_loss
 from prefalign.kernels.pairwise_preference_logits import pairwise_preference_logits
@@ -46,6 +47,27 @@ def test_losses():
     expected = noise_aware_loss(*logps, beta=0.3, alpha=0.2, threshold=0.6, weights=weights)
     assert torch.equal(found.losses, expected.losses)
     assert torch.equal(found.is_noisy, expected.is_noisy)
+
+
+def test_enhancement_loss():
+    plain, guided, rewards, others = torch.randn(4, 6)
+    lengths = torch.tensor([3, 1, 4, 1, 5, 9])
+    module = modules.EnhancementLoss(ranking="logistic", sft="sum", temperature=0.5)
+    found = module(plain, guided, rewards, others, lengths, lengths.flip(0), threshold=0.1)
+    expected = enhancement_loss(
+        plain,
+        guided,
+        rewards,
+        others,
+        plain_lengths=lengths,
+        guided_lengths=lengths.flip(0),
+        threshold=0.1,
+        ranking="logistic",
+        sft="sum",
+        temperature=0.5,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "ranking='logistic'" in repr(module)
 
 
 def test_pairwise_preference_logits():
