@@ -12,46 +12,19 @@ what requires a gradient                        cost    how
 nothing                                         1F      log-probs alone
 hidden (frozen head)                            2F      row Jacobian; backward scales its rows
 weight or bias                                  4F      log-probs, then vocabulary slices again
-weight or bias, ``reduction="mean"``, chunked   3F      chunks of whole pairs, below
+weight or bias, ``reduction="mean"``, chunked   3F      chunks of whole pairs
 ==============================================  ======  =========================================
 
-In a margin loss all tokens of a sequence have one upstream scalar, and with the mean over pairs it
-is known as soon as both sequences of a pair are summed. So for a chunk of rows that holds whole
-pairs, with k = logit_scale / temperature and f' the derivative of the softcap:
-
-    E = f(h @ W.T + b);  (m, s) = online log-sum-exp;  E = exp(E - m)        F/3, tile by tile
-    g_t = ±slope(pair of t) / B                                              the pairs' margins
-    dZ = k·g·f'·(1[y] - E / s)                                               in E's buffer
-    dHidden = dZ @ W;  dWeight += dZ.T @ h                                   2F/3
-
-Gradients are made in the forward pass and scaled in backward by the scalar that comes from above.
-It holds the logits of one chunk, ``4·rows·V`` bytes, within the workspace; dWeight is summed in
-float32 in the output itself, chunk by chunk in order. Where that cannot be or does not pay (a pair
-alone exceeds the workspace; fewer than 256 rows a chunk; 16-bit inputs; the noise-aware loss;
-Triton, still to be written) the cost is 4F: ``plan_pairs`` says. With the reference's
-hidden states add 1F.
-
-3F is kept because it is faster with chunks of enough rows: ms forward + backward, float32, 8 equal
-pairs, two CPU cores, medians of 5 interleaved runs (and of 3 on a busy machine):
-
-========================  ============  =====================  =====================
-N, D, V                   4F            3F, 64 MiB (default)   3F, 128 MiB
-========================  ============  =====================  =====================
-512, 2048, 32000          694 (1616)    594 (1852), 2 chunks   558 (1382), 1 chunk
-1024, 896, 64000          1111 (2737)   1084 (3782), 8 chunks  919 (2448), 3 chunks
-========================  ============  =====================  =====================
-
-Each chunk reads and writes all of dWeight, so that a chunk of few rows gains nothing, and loses
-where others use the memory too: hence at least 256 rows a chunk, and 4F for the second line unless
-the workspace is larger. In bfloat16
-it was no clear gain (426 against 515 ms at 256, 896, 32000, but 372 against 274 at 64, 896, 64000):
-the other path has bfloat16 GEMMs for gradients, and rounds them once.
+In a loss of a pair's two sums all tokens of a sequence have one upstream scalar, known as soon as
+both sequences are summed. So gradients can be made in the forward pass, chunk by chunk of whole
+pairs, and scaled in backward by the scalar that comes from above: ``_whole_pairs.py``, with its
+measurements. Where that cannot be or does not pay (a pair alone exceeds the workspace; fewer than
+256 rows a chunk; 16-bit inputs; the noise-aware loss; Triton, still to be written) the cost is 4F:
+``pair_plan.plan_pairs`` says. With the reference's hidden states add 1F.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -60,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from ._common import check_choice, check_labels, check_number, check_tensor, resolve_impl
 from ._linear_chunked import Head
+from ._whole_pairs import whole_pairs
 from .linear_token_logps import (
     autocast,
     backward_op,
@@ -69,205 +43,17 @@ from .linear_token_logps import (
     which_grads,
 )
 from .linear_token_logps_triple import linear_token_logps_triple
-from .loss_heads import NOISE_AWARE, check_loss, check_pair_bounds, margin_losses, pair_loss_head
+from .loss_heads import NOISE_AWARE, check_loss, check_pair_bounds, pair_loss_head
+from .losses import pair_values, per_token, sequence_sums
 from .noise_aware_loss import NoiseAwareLoss
-from .plan import HeadPlan, default_workspace
+from .pair_plan import PairPlan, plan_pairs
+from .plan import HeadPlan
 from .preference_loss import PreferenceLoss
 from .sequence_logps import _check_spans
 
+__all__ = ["PairPlan", "linear_preference_loss", "plan_pairs"]
+
 REDUCTIONS = ("none", "mean")
-
-LOWEST = -1e30  # below every logit, yet finite
-TILE = 4096
-# Rows a chunk, on average, from which 3F pays: against 4F, D 896 V 32000, one chunk, fastest of 9,
-# 32 rows 1.12, 64 rows 1.32, 128 rows 1.03 (median 0.76), 256 rows 0.81. Fewer rows save less of
-# the logits' GEMM than it costs to go over dWeight once more.
-LEAST_ROWS = 256
-SLICE = 2**22  # elements of a [tile, D] product that is added to dWeight
-
-_MIB = 2**20
-
-
-# The plan
-
-
-@dataclasses.dataclass(frozen=True)
-class PairPlan:
-    """How a trained head runs with ``reduction="mean"``; make it with ``plan_pairs``.
-
-    ``chunks`` are (first, last) pairs of each chunk when ``strategy`` is ``"whole_pairs"``, 3F in
-    all; with ``"recompute"``, 4F, there are none and ``reason`` says why.
-    """
-
-    strategy: str
-    reason: str
-    chunks: tuple[tuple[int, int], ...]
-    vocab_tile: int
-    flops: float
-    workspace_bytes: int
-    budget_bytes: int
-
-    def __str__(self) -> str:
-        """Return the plan as a small table."""
-        rows = [
-            ("strategy", f"{self.strategy}: {self.reason}"),
-            ("work", f"{self.flops:g}F"),
-            ("chunks", f"{len(self.chunks)} of whole pairs"),
-            (
-                "workspace",
-                f"{self.workspace_bytes / _MIB:.1f} MiB of {self.budget_bytes / _MIB:.1f} MiB",
-            ),
-        ]
-        return "\n".join(f"{name:<10} {value}" for name, value in rows)
-
-
-def _vocab_tile(V: int, D: int, budget: int) -> int:
-    """Return the tile: a [tile, D] block, of which a few exist, is at most an eighth of bytes."""
-    return min(V, TILE, max(16, min(SLICE, budget // 32) // D))
-
-
-def _chunk_bytes(rows: int, V: int, D: int, tile: int, dtype: torch.dtype) -> int:
-    """Bytes held for one chunk: its logits, a softcap's tile, three row blocks, a dWeight slice."""
-    return dtype.itemsize * (rows * (V + tile + 3 * D) + tile * D)
-
-
-def plan_pairs(
-    lengths: Sequence[int],
-    V: int,
-    D: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    workspace_bytes: int | None = None,
-    device: torch.device | str = "cpu",
-) -> PairPlan:
-    """Plan a trained head under the mean of a margin loss: 3F in chunks of whole pairs, or 4F.
-
-    Args:
-        lengths: rows with a target of each pair, chosen and rejected together.
-        V: vocabulary entries.
-        D: hidden size.
-        dtype: of ``hidden`` and ``weight``.
-        workspace_bytes: the budget; default 64 MiB on a CPU.
-        device: where it runs. On a GPU the answer is 4F: the fused kernels do not keep logits, and
-            whether keeping them pays there has not been measured. 16-bit inputs are 4F too.
-
-    Returns:
-        A ``PairPlan``; print it to read. ``linear_preference_loss`` makes the same one.
-    """
-    budget = default_workspace(device) if workspace_bytes is None else int(workspace_bytes)
-    tile = _vocab_tile(V, D, budget)
-
-    def recompute(reason: str) -> PairPlan:
-        return PairPlan("recompute", reason, (), 0, 4.0, budget, budget)
-
-    if torch.device(device).type != "cpu":
-        return recompute("not yet written for Triton")
-    if dtype.itemsize == 2:
-        return recompute("16-bit gradients are to be rounded once, after the upstream scalar")
-    chunks: list[tuple[int, int]] = []
-    first = rows = most = 0
-    for pair, length in enumerate(lengths):
-        if _chunk_bytes(length, V, D, tile, dtype) > budget:
-            return recompute(f"pair {pair} alone, {length} rows, exceeds the workspace")
-        if pair > first and _chunk_bytes(rows + length, V, D, tile, dtype) > budget:
-            chunks.append((first, pair))
-            first, rows = pair, 0
-        rows += length
-        most = max(most, rows)
-    if len(lengths):
-        chunks.append((first, len(lengths)))
-    if sum(lengths) < LEAST_ROWS * len(chunks):
-        return recompute(f"fewer than {LEAST_ROWS} rows a chunk: no gain")
-    size = _chunk_bytes(most, V, D, tile, dtype)
-    return PairPlan("whole_pairs", "logits made once", tuple(chunks), tile, 3.0, size, budget)
-
-
-# Chunks of whole pairs: one [n, V] of logits, made once
-
-
-_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-def _dot(x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w.T``: of float32 by oneDNN, twice MKL's speed on AMD; any strides."""
-    if _onednn_linear is None or x.dtype != torch.float32:
-        return torch.mm(x, w.T)
-    return _onednn_linear(x, w, None, "none", [], "")
-
-
-def _cap(u: Tensor, head: Head) -> Tensor:
-    """Turn GEMM results into logits, in their buffer."""
-    if head.softcap is None:
-        return u.mul_(head.scale / head.temperature)
-    u.mul_(head.scale / head.softcap).tanh_()
-    return u.mul_(head.softcap / head.temperature)
-
-
-def _slope(z: Tensor, head: Head) -> Tensor:
-    """Return dz/du up to scale / temperature, from the logit."""
-    t = head.temperature / head.softcap
-    return (z * z).mul_(-t * t).add_(1.0)
-
-
-def _put(tile: Tensor, local: Tensor, values: Tensor) -> None:
-    """Write ``values`` [n] at the rows' targets, where ``local`` [n] lies inside the tile."""
-    inside = (local >= 0) & (local < tile.shape[1])
-    column = local.clamp(0, tile.shape[1] - 1)[:, None]
-    kept = tile.gather(1, column)[:, 0]
-    tile.scatter_(1, column, torch.where(inside, values, kept)[:, None])
-
-
-class _Chunk:
-    """Logits of one chunk of rows as exp(z - m)·f', tile by tile, and their statistics."""
-
-    def __init__(self, h: Tensor, weight: Tensor, y: Tensor, bias, head: Head, tile: int, keep):
-        V = weight.shape[0]
-        self.h, self.weight, self.y, self.head = h, weight, y, head
-        # The target's own error goes straight into the log-prob: summed pairwise, not by the GEMM.
-        u = weight[y].mul_(h).sum(1)
-        self.zy = _cap(u if bias is None else u.add_(bias[y]), head)
-        self.m = torch.full_like(self.zy, LOWEST)
-        self.s = torch.zeros_like(self.zy)
-        self.tiles: list[tuple[int, int, Tensor, Tensor]] = []
-        for lo in range(0, V if h.shape[0] else 0, tile):
-            hi = min(lo + tile, V)
-            z = _dot(h, weight[lo:hi])
-            z = _cap(z if bias is None else z.add_(bias[lo:hi]), head)
-            _put(z, y - lo, self.zy)
-            m = torch.maximum(self.m, z.amax(1))
-            slope = _slope(z, head) if keep and head.softcap is not None else None
-            z.sub_(m[:, None]).exp_()
-            self.s = self.s * (self.m - m).exp() + z.sum(1)
-            self.m = m
-            if keep:
-                self.tiles.append((lo, hi, z if slope is None else z.mul_(slope), m))
-            del z
-        self.logps = (self.zy - self.m) - self.s.log()
-
-    def gradients(self, g: Tensor, dh: Tensor | None, dw: Tensor | None, db: Tensor | None, first):
-        """Write dHidden of these rows, and add to (or, in the ``first`` chunk, write) the others.
-
-        ``g`` [n] is the upstream of each log-prob. The logits' buffers are used up.
-        """
-        g = g * (self.head.scale / self.head.temperature)
-        # -expm1(logp) is 1 - p without its cancellation.
-        at_target = -g * torch.expm1(self.logps)
-        if self.head.softcap is not None:
-            at_target *= _slope(self.zy, self.head)
-        if dh is not None:
-            dh.zero_()
-        while self.tiles:
-            lo, hi, dz, m = self.tiles.pop(0)
-            dz.mul_((-g * (m - self.m).exp() / self.s)[:, None])
-            _put(dz, self.y - lo, at_target)
-            if dh is not None:
-                dh.add_(_dot(dz, self.weight[lo:hi].T))
-            if dw is not None and first:
-                dw[lo:hi] = _dot(dz.T, self.h.T)
-            elif dw is not None:
-                dw[lo:hi] += _dot(dz.T, self.h.T)
-            if db is not None:
-                db[lo:hi] += dz.sum(0)
 
 
 def _ends(cu_seqlens: Tensor, kept: Tensor | None) -> list[int]:
@@ -277,83 +63,26 @@ def _ends(cu_seqlens: Tensor, kept: Tensor | None) -> list[int]:
     return torch.searchsorted(kept, cu_seqlens.to(kept.dtype)).tolist()
 
 
-def _sequence_sums(logps: Tensor, ends: Sequence[int]) -> Tensor:
-    first = ends[0]
-    return torch.stack([logps[a - first : b - first].sum() for a, b in pairwise(ends)])
-
-
-def _per_token(slopes: Tensor, ends: Sequence[int]) -> Tensor:
-    """Spread slopes [b] over the tokens of chosen (+) and rejected (-) sequences."""
-    signed = torch.stack([slopes, -slopes], -1).flatten()
-    lengths = torch.tensor(ends).diff()
-    return signed.repeat_interleave(lengths, output_size=ends[-1] - ends[0])
-
-
-def _whole_pairs(
-    hidden, weight, targets, bias, ref, ref_logps, weights, ends, kept, head, plan, loss, beta,
-    label_smoothing, needs,
-):  # fmt: skip
-    """Return losses and rewards [B] and the gradients of their mean, at 3F."""
-    dtype, pairs = hidden.dtype, len(ends) // 2
-    dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if "h" in needs else None
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if "w" in needs else None
-    db = hidden.new_zeros(weight.shape[0], dtype=dtype) if "b" in needs else None
-    out = [hidden.new_empty(pairs, dtype=dtype) for _ in range(3)]
-    first_gradient = True
-    for first, last in plan.chunks:
-        spans = ends[2 * first : 2 * last + 1]
-        rows = slice(spans[0], spans[-1])
-        index = rows if kept is None else kept[rows]
-        y = targets[index]
-        b = None if bias is None else bias.to(dtype)
-        chunk = _Chunk(hidden[index], weight, y, b, head, plan.vocab_tile, True)
-        if ref is None:
-            reference = ref_logps[2 * first : 2 * last].to(dtype)
-        else:
-            rh, rw, rb = ref
-            rb = None if rb is None else rb.to(dtype)
-            like = _Chunk(rh[index], rw, y, rb, head, plan.vocab_tile, False)
-            reference = _sequence_sums(like.logps, spans)
-        w = None if weights is None else weights[first:last].to(dtype)
-        *found, _, slopes = margin_losses(
-            _sequence_sums(chunk.logps, spans), reference, loss, beta, label_smoothing, w
-        )
-        for values, part in zip(out, found, strict=True):
-            values[first:last] = part
-        if spans[0] == spans[-1]:
-            continue
-        g = _per_token(slopes / pairs, spans)
-        block = None
-        if dh is not None:
-            block = dh[rows] if kept is None else torch.empty_like(chunk.h)
-        chunk.gradients(g, block, dw, db, first_gradient)
-        if dh is not None and kept is not None:
-            dh[index] = block
-        first_gradient = False
-    if first_gradient and dw is not None:
-        dw.zero_()
-    return out, (dh, dw, None if db is None else db.to(bias.dtype))
-
-
 def _recompute(
-    hidden, weight, targets, bias, ref, ref_logps, weights, ends, head, loss, beta,
+    hidden, weight, targets, bias, ref, ref_logps, weights, cu_seqlens, counts, head, loss, beta,
     label_smoothing, ignore_index, needs, tiles,
 ):  # fmt: skip
-    """Return the same at 4F, from the ops of ``linear_token_logps``; ``ends`` over all rows."""
+    """Return what ``whole_pairs`` returns, at 4F, from the ops of ``linear_token_logps``."""
 
     def logps(h, w, b):
         return torch.ops.prefalign.linear_token_logps(
             h, w, targets, b, *head, ignore_index, "", "recompute", "chunked", *tiles
         )
 
+    ends = cu_seqlens.tolist()
     stats = logps(hidden, weight, bias)
     dtype = stats[0].dtype
-    reference = ref_logps.to(dtype) if ref is None else _sequence_sums(logps(*ref)[0], ends)
+    reference = ref_logps.to(dtype) if ref is None else sequence_sums(logps(*ref)[0], ends)
     w = None if weights is None else weights.to(dtype)
-    *found, _, slopes = margin_losses(
-        _sequence_sums(stats[0], ends), reference, loss, beta, label_smoothing, w
+    *found, _, slopes = pair_values(
+        loss, sequence_sums(stats[0], ends), reference, counts, beta, label_smoothing, w
     )
-    g = _per_token(slopes / slopes.shape[0], ends)
+    g = per_token(slopes / (len(slopes) // 2), cu_seqlens, hidden.shape[0])
     grads = backward_op(
         g, None, hidden, weight, targets, bias, stats[6], stats[2], *head, ignore_index, needs,
         "chunked", *tiles,
@@ -404,14 +133,15 @@ def _op(
         device=hidden.device,
     )  # fmt: skip
     if plan.strategy == "whole_pairs":
-        out, grads = _whole_pairs(
+        out, grads = whole_pairs(
             hidden, weight, targets, bias, ref, ref_logps, weights, ends, kept, head, plan, loss,
             beta, label_smoothing, needs,
         )  # fmt: skip
     else:
         out, grads = _recompute(
-            hidden, weight, targets, bias, ref, ref_logps, weights, cu_seqlens.tolist(), head,
-            loss, beta, label_smoothing, ignore_index, needs, (row_chunk, vocab_tile, budget),
+            hidden, weight, targets, bias, ref, ref_logps, weights, cu_seqlens,
+            torch.tensor(ends).diff(), head, loss, beta, label_smoothing, ignore_index, needs,
+            (row_chunk, vocab_tile, budget),
         )  # fmt: skip
     losses, *rewards = out
     grads = (hidden.new_empty(0) if x is None else x for x in grads)
@@ -520,7 +250,7 @@ def linear_preference_loss(
         ignore_index: target of rows that do not count: no share in any sum, no gradient, and on a
             CPU no GEMM. (On a GPU, knowing their number would be a host sync: they are computed
             and masked.) Default -100.
-        loss: a name in ``losses.LOSSES``, or ``"noise_aware"``. Default ``"sigmoid"``, DPO.
+        loss: a name in ``losses.PAIR_LOSSES``, or ``"noise_aware"``. Default ``"sigmoid"``, DPO.
         beta: scale of the margin, per nat. Above 0, default 0.1.
         label_smoothing: probability that a label is flipped, in [0, 0.5]. Default 0.
         weights: [B], float, multiplies the losses. A constant. Default None, all 1.
@@ -623,8 +353,9 @@ def linear_preference_loss(
         extrapolated = policy.detach() if loss == NOISE_AWARE else None
     out = pair_loss_head(
         policy, cu_seqlens=cu_seqlens, ref_logps=ref_logps, ref_token_logps=ref_tokens,
-        extrapolated_token_logps=extrapolated, loss=loss, beta=beta, alpha=alpha,
-        label_smoothing=label_smoothing, threshold=threshold, weights=weights, impl=impl,
+        extrapolated_token_logps=extrapolated, mask=targets != ignore_index, loss=loss, beta=beta,
+        alpha=alpha, label_smoothing=label_smoothing, threshold=threshold, weights=weights,
+        impl=impl,
     )  # fmt: skip
     losses = out.losses if reduction == "none" else out.losses.sum() / max(1, pairs)
     if loss == NOISE_AWARE:

@@ -18,25 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import (
-    check_number,
-    check_tensor,
-    compute_dtype,
-    jit,
-    on_device,
-    resolve_impl,
-    tl,
-    triton,
-)
-from .losses import sigmoid_device, sigmoid_slope, sigmoid_value
-from .preference_loss import (
-    BLOCK_B,
-    allocate_pairs,
-    check_pairs,
-    pair_backward,
-    preference_loss_reference,
-    setup_pair_context,
-)
+from . import _pair_losses
+from ._common import check_number, compute_dtype, resolve_impl
+from .preference_loss import preference_loss_reference
 
 
 class NoiseAwareLoss(NamedTuple):
@@ -78,66 +62,6 @@ def noise_aware_loss_reference(
     )
 
 
-@jit
-def _forward_kernel(
-    policy_chosen_ptr,
-    policy_rejected_ptr,
-    reference_chosen_ptr,
-    reference_rejected_ptr,
-    extrapolated_chosen_ptr,
-    extrapolated_rejected_ptr,
-    weights_ptr,
-    alpha_ptr,
-    threshold_ptr,
-    losses_ptr,
-    chosen_rewards_ptr,
-    rejected_rewards_ptr,
-    slopes_ptr,
-    is_noisy_ptr,
-    confidences_ptr,
-    stride_pc,
-    stride_pr,
-    stride_rc,
-    stride_rr,
-    stride_ec,
-    stride_er,
-    stride_w,
-    B,
-    beta,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Take one block of pairs from log-probs to losses, rewards, flags and derivatives."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask = offs < B
-    pc = tl.load(policy_chosen_ptr + offs * stride_pc, mask=mask, other=0.0).to(tl.float32)
-    pr = tl.load(policy_rejected_ptr + offs * stride_pr, mask=mask, other=0.0).to(tl.float32)
-    rc = tl.load(reference_chosen_ptr + offs * stride_rc, mask=mask, other=0.0).to(tl.float32)
-    rr = tl.load(reference_rejected_ptr + offs * stride_rr, mask=mask, other=0.0).to(tl.float32)
-    ec = tl.load(extrapolated_chosen_ptr + offs * stride_ec, mask=mask, other=0.0).to(tl.float32)
-    er = tl.load(extrapolated_rejected_ptr + offs * stride_er, mask=mask, other=0.0).to(tl.float32)
-    alpha = tl.load(alpha_ptr)
-    threshold = tl.load(threshold_ptr)
-    z_extrapolated = beta * ((ec - rc) - (er - rr))
-    tail = tl.exp(-tl.abs(z_extrapolated))
-    confidence = tl.where(z_extrapolated >= 0.0, 1.0, tail) / (1.0 + tail)
-    is_noisy = confidence < threshold
-    chosen = pc - rc
-    rejected = pr - rr
-    value, slope = sigmoid_device(beta * (chosen - rejected), tl.where(is_noisy, alpha, 0.0))
-    slope *= beta
-    if HAS_WEIGHTS:
-        w = tl.load(weights_ptr + offs * stride_w, mask=mask, other=0.0).to(tl.float32)
-        value *= w
-        slope *= w
-    tl.store(losses_ptr + offs, value, mask=mask)
-    tl.store(chosen_rewards_ptr + offs, beta * chosen, mask=mask)
-    tl.store(rejected_rewards_ptr + offs, beta * rejected, mask=mask)
-    tl.store(slopes_ptr + offs, slope, mask=mask)
-    tl.store(is_noisy_ptr + offs, is_noisy, mask=mask)
-    tl.store(confidences_ptr + offs, confidence, mask=mask)
-
-
 @torch.library.custom_op("prefalign::noise_aware_loss", mutates_args=())
 def _noise_aware_loss(
     policy_chosen_logps: Tensor,
@@ -152,67 +76,23 @@ def _noise_aware_loss(
     beta: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (
+    pairs = (
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
-        extrapolated_chosen_logps,
-        extrapolated_rejected_logps,
-        weights,
     )
-    if impl == "triton":
-        outputs = _allocate(*inputs)
-        pairs = policy_chosen_logps.numel()
-        if pairs:
-            with on_device(policy_chosen_logps):
-                _forward_kernel[(triton.cdiv(pairs, BLOCK_B),)](
-                    *inputs,
-                    alpha,
-                    threshold,
-                    *outputs,
-                    *(0 if t is None else t.stride(0) for t in inputs),
-                    pairs,
-                    beta,
-                    HAS_WEIGHTS=weights is not None,
-                    BLOCK_B=BLOCK_B,
-                    num_warps=4,
-                )
-        return outputs
-    dtype = compute_dtype(*inputs)
-    pc, pr, rc, rr, ec, er, w = (None if t is None else t.to(dtype) for t in inputs)
-    confidences = (beta * ((ec - rc) - (er - rr))).sigmoid()
-    is_noisy = confidences < threshold
-    smoothing = torch.where(is_noisy, alpha, 0)
-    chosen, rejected = pc - rc, pr - rr
-    z = beta * (chosen - rejected)
-    value, slope = sigmoid_value(z, smoothing), beta * sigmoid_slope(z, smoothing)
-    if w is not None:
-        value, slope = w * value, w * slope
-    return value, beta * chosen, beta * rejected, slope, is_noisy, confidences
-
-
-def _allocate(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    outputs = allocate_pairs(*inputs)
-    flags = torch.empty_like(outputs[0], dtype=torch.bool)
-    return *outputs, flags, torch.empty_like(outputs[0])
+    extrapolated = extrapolated_chosen_logps, extrapolated_rejected_logps
+    scalars = alpha, threshold
+    return _pair_losses.forward(pairs, extrapolated, weights, "sigmoid", beta, 0.0, scalars, impl)
 
 
 @_noise_aware_loss.register_fake
 def _(pc, pr, rc, rr, ec, er, weights, alpha, threshold, beta, impl):
-    return _allocate(pc, pr, rc, rr, ec, er, weights)
+    return tuple(_pair_losses.allocate_noisy(pc, pr, rc, rr, ec, er, weights))
 
 
-_noise_aware_loss.register_autograd(pair_backward, setup_context=setup_pair_context)
-
-
-def _scalar(name: str, value: float | Tensor, like: tuple[str, Tensor], dtype) -> Tensor:
-    """Return a number in [0, 1] as a 0-dim tensor on the pairs' device, without a host sync."""
-    if isinstance(value, Tensor):
-        check_tensor(name, value, ndim=0, like=like, constant=True)
-        return value.to(dtype)
-    number = check_number(name, value, low=0, high=1)
-    return torch.full((), number, dtype=dtype, device=like[1].device)
+_noise_aware_loss.register_autograd(_pair_losses.backward, setup_context=_pair_losses.setup_context)
 
 
 def noise_aware_loss(
@@ -287,7 +167,7 @@ def noise_aware_loss(
         "extrapolated_rejected_logps": extrapolated_rejected_logps,
         "weights": weights,
     }
-    check_pairs(policy, constants)
+    _pair_losses.check_pairs(policy, constants)
     beta = check_number("beta", beta, above=0)
     like = ("policy_chosen_logps", policy_chosen_logps)
     inputs = (
@@ -300,8 +180,8 @@ def noise_aware_loss(
     )
     dtype = compute_dtype(*inputs, weights)
     impl = resolve_impl(impl, policy_chosen_logps.device, dtype)
-    alpha = _scalar("alpha", alpha, like, dtype)
-    threshold = _scalar("threshold", threshold, like, dtype)
+    alpha = _pair_losses.check_scalar("alpha", alpha, like, dtype)
+    threshold = _pair_losses.check_scalar("threshold", threshold, like, dtype)
     if impl == "reference":
         return noise_aware_loss_reference(*inputs, beta, alpha, threshold, weights)
     losses, chosen_rewards, rejected_rewards, _, is_noisy, confidences = _noise_aware_loss(

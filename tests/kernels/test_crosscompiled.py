@@ -2,8 +2,7 @@
 
 import pytest
 from crosscompile import SHARED_LIMIT, TARGETS, compile_kernel
-from prefalign.kernels import noise_aware_loss, pairwise_preference_logits
-from prefalign.kernels import preference_loss as preference
+from prefalign.kernels import _pair_losses, pairwise_preference_logits
 from prefalign.kernels import sequence_logps as sequence
 from prefalign.kernels.losses import LOSSES
 
@@ -28,13 +27,14 @@ def sequence_kernel(fn, packed):
     return fn, types(fn, constexprs, **kinds), constexprs, 4, ()
 
 
-def pair_kernel(fn, **more):
-    constexprs = {"HAS_WEIGHTS": True, "BLOCK_B": preference.BLOCK_B, **more}
-    kinds = {"beta": "fp32"}
-    if "is_noisy_ptr" in fn.arg_names:
-        kinds["is_noisy_ptr"] = "*i1"
-    else:
-        kinds["label_smoothing"] = "fp32"
+def pair_kernel(loss, noise):
+    fn = _pair_losses._forward_kernel
+    constexprs = {"NOISE": noise, "HAS_WEIGHTS": True, "LOSS": loss.device}
+    constexprs |= {"BLOCK_B": _pair_losses.BLOCK_B}
+    if not noise:
+        absent = ("extrapolated_chosen", "extrapolated_rejected", "alpha", "threshold", "is_noisy")
+        constexprs |= {f"{name}_ptr": None for name in (*absent, "confidences")}
+    kinds = {"beta": "fp32", "label_smoothing": "fp32", "is_noisy_ptr": "*i1"}
     return fn, types(fn, constexprs, **kinds), constexprs, 4, ()
 
 
@@ -49,15 +49,13 @@ KERNELS = {
     "sequence_logps_forward": lambda: sequence_kernel(sequence._forward_kernel, True),
     "sequence_logps_backward": lambda: sequence_kernel(sequence._backward_kernel, True),
     "sequence_logps_rows_forward": lambda: sequence_kernel(sequence._forward_kernel, False),
-    "noise_aware_loss": lambda: pair_kernel(noise_aware_loss._forward_kernel),
+    "noise_aware_loss": lambda: pair_kernel(LOSSES["sigmoid"], True),
     "pairwise_forward": lambda: pairwise_kernel(pairwise_preference_logits._forward_kernel, True),
     "pairwise_backward": lambda: pairwise_kernel(
         pairwise_preference_logits._backward_kernel, False
     ),
 } | {
-    f"preference_loss_{name}": lambda loss=loss: pair_kernel(
-        preference._forward_kernel, LOSS=loss.device
-    )
+    f"preference_loss_{name}": lambda loss=loss: pair_kernel(loss, False)
     for name, loss in LOSSES.items()
 }
 

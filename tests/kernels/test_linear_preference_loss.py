@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
-from prefalign.kernels import linear_preference_loss as page
-from prefalign.kernels.linear_preference_loss import linear_preference_loss, plan_pairs
+from pair_losses import LOPSIDED
+from prefalign.kernels import pair_plan
+from prefalign.kernels.linear_preference_loss import linear_preference_loss
 from prefalign.kernels.linear_token_logps import linear_token_logps
+from prefalign.kernels.losses import PAIR_LOSSES
+from prefalign.kernels.pair_plan import plan_pairs
 from prefalign.kernels.plan import plan_head
 from prefalign.kernels.preference_loss import preference_loss
 from prefalign.kernels.sequence_logps import sequence_logps
@@ -23,7 +26,7 @@ CHUNKED_3F = {"reduction": "mean", "impl": "chunked"}
 @pytest.fixture(autouse=True)
 def chunks_of_few_rows(monkeypatch):
     """Take the 3F path at these sizes too, where it would not pay."""
-    monkeypatch.setattr(page, "LEAST_ROWS", 0)
+    monkeypatch.setattr(pair_plan, "LEAST_ROWS", 0)
 
 
 def example(device, dtype=torch.float32, lengths=LENGTHS, V=61, D=12, ignored=0.3, seed=0):
@@ -113,6 +116,22 @@ def test_values_and_gradients(impl, dtype, variant, reduction, device):
         check(given, impl, needs=needs, reduction=reduction, **VARIANTS[variant])
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("budget", [2**16, 3_000])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_loss_of_each_sequence_by_itself(impl, budget, reduction, device, monkeypatch):
+    # Ignored rows must not count: its slopes depend on the lengths, and are not opposite.
+    monkeypatch.setitem(PAIR_LOSSES, "lopsided", LOPSIDED)
+    given = example(device)
+    plan = dataclasses.replace(plan_head(28, 61, 12, weight_grad=True), budget_bytes=budget)
+    for needs in ("h", "hwb"):
+        for ref in ("ref_logps", "ref_hidden"):
+            check(
+                given, impl, needs=needs, ref=ref, reduction=reduction, loss="lopsided",
+                weighted=True, plan=plan,
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("needs", ["", "h", "w", "b", "hw", "wb"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_only_some_inputs_require_grad(needs, reduction, device):
@@ -124,7 +143,7 @@ def test_only_some_inputs_require_grad(needs, reduction, device):
 @pytest.mark.parametrize("variant", ["smoothed", "scaled", "ref_head"])
 def test_several_chunks_of_whole_pairs_and_tiles(variant, ignored, device, monkeypatch):
     given = example(device, ignored=ignored)
-    monkeypatch.setattr(page, "TILE", 16)
+    monkeypatch.setattr(pair_plan, "TILE", 16)
     options = VARIANTS[variant] | {"reduction": "mean"}
     sizes = []
     for budget in (2**16, 12_000, 3_000):
@@ -147,6 +166,38 @@ def test_the_plan(monkeypatch):
     assert plan_pairs([5], 100, 8, dtype=torch.bfloat16).strategy == "recompute"
     assert plan_pairs([5], 100, 8, device="cuda").strategy == "recompute"
     assert plan_pairs([], 100, 8).chunks == ()
+
+
+BAD_PLANS = {
+    "lengths: expected a sequence of ints, got int": {"lengths": 5},
+    "lengths: expected a sequence of ints, got str": {"lengths": "12"},
+    "lengths: expected a sequence of ints, got Tensor": {"lengths": torch.tensor([1, 2])},
+    r"lengths\[1\]: expected an int of at least 0, got -2": {"lengths": [1, -2]},
+    r"lengths\[0\]: expected an int, got bool": {"lengths": [True, 2]},
+    r"lengths\[1\]: expected an int, got float": {"lengths": [1, 2.0]},
+    r"lengths\[0\]: expected an int, got Tensor": {"lengths": [torch.tensor(2)]},
+    "V: expected an int of at least 1, got 0": {"V": 0},
+    "V: expected an int, got float": {"V": 8.0},
+    "V: expected an int, got bool": {"V": True},
+    "D: expected an int of at least 1, got -1": {"D": -1},
+    "D: expected an int, got NoneType": {"D": None},
+    "dtype: expected a torch.dtype, got str": {"dtype": "float32"},
+    "dtype: expected one of float16, bfloat16, float32, float64, got int64": {"dtype": torch.int64},
+    "workspace_bytes: expected a number of at least 1, got 0": {"workspace_bytes": 0},
+    "workspace_bytes: expected a number, got bool": {"workspace_bytes": True},
+    "workspace_bytes: expected a number, got str": {"workspace_bytes": "1"},
+    "workspace_bytes: expected a finite number, got inf": {"workspace_bytes": math.inf},
+    "workspace_bytes: expected a number of at least 1, got nan": {"workspace_bytes": math.nan},
+    "device: expected a device's name, got 'gpu'": {"device": "gpu"},
+    "device: expected a string or torch.device, got int": {"device": 0},
+}
+
+
+@pytest.mark.parametrize("message", BAD_PLANS)
+def test_the_plan_names_every_wrong_argument(message):
+    given = {"lengths": [3, 4], "V": 9, "D": 5} | BAD_PLANS[message]
+    with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+        plan_pairs(**given)
 
 
 @pytest.mark.parametrize("variant", [{}, SCALED], ids=["plain", "scaled"])

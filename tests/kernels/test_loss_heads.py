@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from crosscompile import TARGETS, compile_kernel
-from prefalign.kernels import loss_heads as page
+from pair_losses import LOPSIDED
+from prefalign.kernels import _loss_heads_triton as kernels
 from prefalign.kernels.loss_heads import pair_loss_head
-from prefalign.kernels.losses import LOSSES
+from prefalign.kernels.losses import PAIR_LOSSES
 from prefalign.kernels.noise_aware_loss import noise_aware_loss
 from prefalign.kernels.preference_loss import preference_loss
 from prefalign.kernels.sequence_logps import BLOCK_T, sequence_logps
@@ -91,7 +92,22 @@ def test_values_and_gradients(impl, dtype, lengths, options, device):
         assert (grad[~given["mask"]] == 0).all()
 
 
-@pytest.mark.parametrize("loss", (*LOSSES, "noise_aware"))
+@pytest.mark.parametrize("options", [{}, {"masked": True, "weighted": True, "refs": "tokens"}])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_loss_of_each_sequence_by_itself(impl, options, device, monkeypatch):
+    monkeypatch.setitem(PAIR_LOSSES, "lopsided", LOPSIDED)
+    given = example(LENGTHS["ragged"], device)
+    out, grad = run(given, impl, loss="lopsided", **options)
+    eager, eager_grad = run(given, "reference", loss="lopsided", **options)
+    exact, exact_grad = run(given, "reference", torch.float64, loss="lopsided", **options)
+    for name in NAMES:
+        values = (getattr(found, name) for found in (out, eager, exact))
+        assert_as_exact_as_eager(*values, name, inside=exact.sums.abs().max().item())
+    assert_as_exact_as_eager(grad, eager_grad, exact_grad, "grad", inside=1.0)
+    assert (exact_grad[:5].sum() + exact_grad[5:6].sum()).abs() > 1e-3  # and not opposite
+
+
+@pytest.mark.parametrize("loss", (*PAIR_LOSSES, "noise_aware"))
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gives_what_the_separate_ops_give(impl, loss, device):
     given = example(LENGTHS["ragged"], device)
@@ -116,7 +132,7 @@ def test_gives_what_the_separate_ops_give(impl, loss, device):
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", (*LOSSES, "noise_aware"))
+@pytest.mark.parametrize("loss", (*PAIR_LOSSES, "noise_aware"))
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ln_2_exactly_where_policy_is_reference(impl, loss, device):
     given = example(LENGTHS["ragged"] + LENGTHS["long"], device)
@@ -247,17 +263,17 @@ def test_compiles_whole_and_passes_opcheck(impl, loss, device):
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.prefalign.pair_loss_head_backward.default,
-        (given["upstream"], given["weights"], given["cu"], None, 10, torch.float32, impl),
+        (given["upstream"], given["weights"].repeat(2), given["cu"], None, 10, torch.float32, impl),
     )
 
 
 def test_tokens_of_no_sequence_have_no_gradient(device):
     # On a GPU nobody checks that cu_seqlens covers the tokens: every element must be written.
-    cu, one = torch.tensor([1, 2, 4], device=device), torch.ones(1, device=device)
+    cu, slopes = torch.tensor([1, 2, 4], device=device), torch.tensor([1.0, -2.0], device=device)
     grad = torch.ops.prefalign.pair_loss_head_backward(
-        one, one, cu, None, 6, torch.float32, "triton"
+        slopes[:1], slopes, cu, None, 6, torch.float32, "triton"
     )
-    assert grad.tolist() == [0, 1, -1, -1, 0, 0]
+    assert grad.tolist() == [0, 1, -2, -2, 0, 0]
 
 
 TOKENS, CU = torch.zeros(6), torch.tensor([0, 1, 3, 4, 6])
@@ -304,9 +320,15 @@ def test_bad_arguments(impl, message):
 
 
 def forward_kernel(noise, loss):
-    fn = page._forward_kernel
+    fn = kernels._forward_kernel
     constexprs = {"REF_TOKENS": noise, "NOISE": noise, "HAS_MASK": noise, "HAS_WEIGHTS": True}
-    constexprs |= {"LOSS": loss.device, "BLOCK_T": BLOCK_T, "stride_l": 1, "stride_w": 1}
+    constexprs |= {
+        "LOSS": loss.device,
+        "INNER": loss.inner,
+        "BLOCK_T": BLOCK_T,
+        "stride_l": 1,
+        "stride_w": 1,
+    }
     if not noise:
         absent = ("extrapolated", "mask", "alpha", "threshold", "is_noisy", "confidences")
         constexprs |= {f"{name}_ptr": None for name in absent}
@@ -314,9 +336,9 @@ def forward_kernel(noise, loss):
 
 
 KERNELS = {
-    "noise_aware": lambda: forward_kernel(True, LOSSES["sigmoid"]),
-    "backward": lambda: (page._backward_kernel, {"HAS_MASK": True, "BLOCK_T": BLOCK_T}),
-} | {name: lambda loss=loss: forward_kernel(False, loss) for name, loss in LOSSES.items()}
+    "noise_aware": lambda: forward_kernel(True, PAIR_LOSSES["sigmoid"]),
+    "backward": lambda: (kernels._backward_kernel, {"HAS_MASK": True, "BLOCK_T": BLOCK_T}),
+} | {name: lambda loss=loss: forward_kernel(False, loss) for name, loss in PAIR_LOSSES.items()}
 KINDS = {"cu_ptr": "*i64", "counts_ptr": "*i64", "mask_ptr": "*i1", "is_noisy_ptr": "*i1"}
 KINDS |= {"beta": "fp32", "label_smoothing": "fp32"}
 

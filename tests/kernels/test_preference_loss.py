@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from prefalign.kernels._pair_losses import BLOCK_B
 from prefalign.kernels.losses import LOSSES
 from prefalign.kernels.noise_aware_loss import noise_aware_loss
-from prefalign.kernels.preference_loss import BLOCK_B, preference_loss
+from prefalign.kernels.preference_loss import preference_loss
 from tolerance import assert_as_exact_as_eager
 
 IMPLS = ("chunked", "triton")
