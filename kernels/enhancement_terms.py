@@ -109,8 +109,7 @@ def logistic_device(plain, guided):
     tail = tl.exp(-tl.abs(gap))
     slope = tl.where(gap >= 0.0, 1.0, tail) / (1.0 + tail)
     slope = tl.where(both_infinite, 0.0, slope)
-    # Not a maximum with 0, which drops a NaN.
-    return tl.where(gap <= 0.0, 0.0, gap) + log1p(tail), slope, -slope
+    return tl.maximum(gap, 0.0) + log1p(tail), slope, -slope
 
 
 _PAPER = "PLE, arXiv 2408.02599: "
