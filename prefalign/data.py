@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
 
+from .encoding import Text
 from .errors import DataError, UserError
 from .layouts import Layout, as_messages, is_blank, stripped
 from .sources import Row, collect
-from .tokenization import Text
 
 logger = logging.getLogger(__name__)
 
@@ -115,39 +115,42 @@ def load_sft(
 ) -> Dataset:
     """Read demonstrations: ``prompt`` and ``completion``, or conversations in ``messages``.
 
+    A row's completion may be called ``response`` instead. Of a conversation, the assistant's last
+    turn is the completion and all before it the prompt; it has to end with that turn.
+
     Args:
         source: As in :func:`load_preferences`.
         split: Which split, where the source has several.
-        columns: The source's own names for ``prompt``, ``completion`` and ``messages``.
+        columns: The source's own names for ``prompt``, ``completion`` (or ``response``) and
+            ``messages``.
 
     Returns:
-        A dataset in memory with ``prompt``, ``completion`` and ``row``. Of a conversation, the
-        last message is the completion.
+        A dataset in memory with ``prompt``, ``completion`` (both text, or both lists of messages)
+        and ``row``, as in :func:`load_preferences`.
 
     Raises:
         DataError: For the first row that cannot be used, or when the source cannot be read.
     """
-    names = _names(("prompt", "completion", "messages"), columns)
+    names = _names(("prompt", "completion", "response", "messages"), columns)
     layout = Layout(names)
 
     def convert(row: Row) -> dict[str, Text]:
-        whole = names["messages"] in row.values and names["completion"] not in row.values
-        if whole:
-            messages = layout.parse(row, "messages")
-            if isinstance(messages, str) or len(messages) < 2:
-                raise row.error("expected a list of two messages or more", names["messages"])
-            prompt: Text = messages[:-1]
-            completion: Text = messages[-1:]
+        def here(*fields: str) -> bool:
+            return all(names[field] in row.values for field in fields)
+
+        # A completion's name that was asked for has to be there.
+        other = here("response") and not here("completion") and names["completion"] == "completion"
+        if here("messages") and not here("completion") and not (other and here("prompt")):
+            fields = ("messages", "messages")
+            prompt, completion = layout.split_last_turn(row, "messages")
         else:
-            prompt = layout.parse(row, "prompt")
-            completion = layout.parse(row, "completion")
-            if not isinstance(prompt, str) or not isinstance(completion, str):
-                prompt, completion = (
-                    as_messages(prompt, "user"),
-                    as_messages(completion, "assistant"),
-                )
-        layout.check_prompt(row, prompt, field="messages" if whole else "prompt")
-        layout.check_completion(row, "messages" if whole else "completion", completion)
+            fields = ("prompt", "response" if other else "completion")
+            prompt, completion = (layout.parse(row, field) for field in fields)
+            if not (isinstance(prompt, str) and isinstance(completion, str)):
+                prompt = as_messages(prompt, "user")
+                completion = as_messages(completion, "assistant")
+        layout.check_prompt(row, prompt, field=fields[0])
+        layout.check_completion(row, fields[1], completion)
         return {"prompt": prompt, "completion": completion}
 
     return collect(source, split, names, convert)

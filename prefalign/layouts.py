@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
+from .encoding import Message, Text
 from .errors import DataError
 from .sources import Row, kind_of, shortened
-from .tokenization import Message, Text
 
 # Parts of a message that change what a chat template prints, and that are not carried over.
 UNSUPPORTED_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking")
@@ -120,6 +120,23 @@ class Layout:
                 "is none of the messages with which both conversations begin", names["prompt"]
             )
         return shared, chosen[size:], rejected[size:]
+
+    def split_last_turn(self, row: Row, field: str) -> tuple[Text, Text]:
+        """Divide a conversation before the assistant's last turn, with which it ends."""
+        name = self.names[field]
+        messages = self.parse(row, field)
+        if isinstance(messages, str) or len(messages) < 2:
+            raise row.error("expected a list of two messages or more", name)
+        if messages[-1]["role"] != "assistant":
+            raise row.error(
+                "expected the conversation to end with the assistant's message, got the role "
+                f"{shortened(messages[-1]['role'])}",
+                name,
+            )
+        end = list(takewhile(lambda message: message["role"] == "assistant", reversed(messages)))
+        if len(end) == len(messages):
+            raise row.error("nobody but the assistant says anything", name)
+        return messages[: -len(end)], messages[-len(end) :]
 
     def check_prompt(self, row: Row, prompt: Text, field: str = "prompt") -> None:
         """Raise unless the prompt says something and is of the same kind as in the first row."""

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from .data import as_text
+from .encoding import Text
 from .errors import ModelError
 from .layouts import as_messages
 from .loading import _checked_path, first_line
 from .references import modules_in_eval
-from .tokenization import Text
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from typing import Any, Literal
 import torch
 
 from .data import as_text
+from .encoding import Text
 from .errors import ModelError, RunError
 from .layouts import as_messages
 from .reward_models import RewardModel, load_reward_model
 from .sources import shortened
-from .tokenization import Text
 
 Reward = Callable[..., Sequence[float | None]]
 SHOWN_ROWS = 5

@@ -13,20 +13,17 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError, UserError
+from .encoding import Encoder, Place, turn_closers
+from .errors import UserError
 from .packing import Group
 
 logger = logging.getLogger(__name__)
-
-Message = dict[str, str]
-Text = str | list[Message]
 
 TOKENIZE_BATCH = 256
 
@@ -88,8 +85,25 @@ def tokenize_sft(
     max_prompt_length: int | None = 1024,
     source: str | None = None,
 ) -> Dataset:
-    """Tokenise demonstrations: add ``prompt_ids`` and ``completion_ids``, likewise."""
-    return _tokenize(dataset, tokenizer, ("completion",), max_length, max_prompt_length, source)
+    """Tokenise demonstrations, by the rules of :func:`tokenize_preferences`.
+
+    Args:
+        dataset: ``prompt`` and ``completion``, as :func:`~prefalign.data.load_sft` returns them.
+        tokenizer: The model's. Conversations need its chat template.
+        max_length: Most tokens in a prompt and completion together.
+        max_prompt_length: Most tokens in a prompt; None cuts no prompt.
+        source: The dataset's name, for messages.
+
+    Returns:
+        The dataset with the int32 lists ``prompt_ids`` and ``response_ids`` added.
+
+    Raises:
+        DataError: As :func:`tokenize_preferences`.
+    """
+    tokenized = _tokenize(
+        dataset, tokenizer, ("completion",), max_length, max_prompt_length, source
+    )
+    return tokenized.rename_column("completion_ids", "response_ids")
 
 
 def is_conversational(dataset: Dataset) -> bool:
@@ -99,7 +113,7 @@ def is_conversational(dataset: Dataset) -> bool:
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens at which generation stops: EOS, and the chat template's end of a turn."""
-    closers = _turn_closers(tokenizer) if tokenizer.chat_template is not None else []
+    closers = turn_closers(tokenizer) if tokenizer.chat_template is not None else []
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids += [tokenizer.convert_tokens_to_ids(closer) for closer in closers[:1]]
     return list(dict.fromkeys(ids))
@@ -117,20 +131,28 @@ def check_vocabulary(dataset: Dataset, vocab_size: int, source: str | None = Non
             for index, ids in enumerate(column.to_pylist(), start):
                 if max(ids, default=0) >= vocab_size:
                     row = dataset[index]
-                    raise _Place(row.get("file", source), row.get("row", index + 1)).error(
+                    text = {"response_ids": "completion"}.get(field, field.removesuffix("_ids"))
+                    raise Place(row.get("file", source), row.get("row", index + 1)).error(
                         f"token {max(ids)} is outside the model's vocabulary of {vocab_size}; "
                         "the tokenizer is another model's",
-                        field.removesuffix("_ids"),
+                        text,
                     )
         start += table.num_rows
 
 
-class PairGroups(Sequence[Group]):
-    """The tokenised pairs of a dataset as groups, made when they are asked for; chosen first."""
+class TokenGroups(Sequence[Group]):
+    """The tokenised rows of a dataset as groups, made when they are asked for.
 
-    def __init__(self, dataset: Dataset, extras: Sequence[str] = ()):
-        columns = ["prompt_ids", "chosen_ids", "rejected_ids", *extras]
+    Args:
+        dataset: Rows with ``prompt_ids``.
+        responses: The columns of each response's ids, in the group's order.
+        extras: Further columns that travel with the groups.
+    """
+
+    def __init__(self, dataset: Dataset, responses: Sequence[str], extras: Sequence[str] = ()):
+        columns = ["prompt_ids", *responses, *extras]
         self._dataset = dataset.with_format(None).select_columns(columns)
+        self._responses = tuple(responses)
         self._extras = tuple(extras)
 
     def __len__(self) -> int:
@@ -144,7 +166,7 @@ class PairGroups(Sequence[Group]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index: expected one within {len(self)} pairs, got {index}")
+            raise IndexError(f"index: expected one within {len(self)} groups, got {index}")
         index %= len(self)
         return self._group(self._dataset[index], index)
 
@@ -158,7 +180,7 @@ class PairGroups(Sequence[Group]):
     def _group(self, row: dict[str, Any], index: int) -> Group:
         return Group(
             prompt_ids=row["prompt_ids"],
-            response_ids=[row["chosen_ids"], row["rejected_ids"]],
+            response_ids=[row[name] for name in self._responses],
             example_id=index,
             extras={
                 name: row[name] if isinstance(row[name], list) else [row[name]]
@@ -171,16 +193,17 @@ class PairGroups(Sequence[Group]):
         """Each group's tokens in a batch, without making the groups."""
         lengths: list[int] = []
         for table in self._dataset.with_format("arrow").iter(1000):
-            prompt, chosen, rejected = (
-                pc.list_value_length(table[name])
-                for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+            prompt, *responses = (
+                pc.list_value_length(table[name]) for name in ("prompt_ids", *self._responses)
             )
-            total = pc.add(pc.multiply(prompt, 2), pc.add(chosen, rejected))
+            total = pc.multiply(prompt, len(responses))
+            for response in responses:
+                total = pc.add(total, response)
             lengths += total.to_pylist()
         return lengths
 
 
-def groups_from_pairs(dataset: Dataset, extras: Sequence[str] = ()) -> PairGroups:
+def groups_from_pairs(dataset: Dataset, extras: Sequence[str] = ()) -> TokenGroups:
     """Present tokenised pairs as :class:`~prefalign.packing.Group`, one for each row.
 
     Args:
@@ -188,9 +211,15 @@ def groups_from_pairs(dataset: Dataset, extras: Sequence[str] = ()) -> PairGroup
         extras: Further columns, of a number or a list of numbers, that travel with the groups.
 
     Returns:
-        A sequence that reads a row when it is indexed. ``example_id`` is the row's index.
+        A sequence that reads a row when it is indexed, chosen first. ``example_id`` is the row's
+        index.
     """
-    return PairGroups(dataset, extras)
+    return TokenGroups(dataset, ("chosen_ids", "rejected_ids"), extras)
+
+
+def groups_from_sft(dataset: Dataset, extras: Sequence[str] = ()) -> TokenGroups:
+    """Present tokenised demonstrations, of :func:`tokenize_sft`, as groups of one response."""
+    return TokenGroups(dataset, ("response_ids",), extras)
 
 
 def _tokenize(
@@ -205,10 +234,10 @@ def _tokenize(
         raise UserError(f"max_length: expected 2 or more, got {max_length}")
     if max_prompt_length is not None and max_prompt_length < 1:
         raise UserError(f"max_prompt_length: expected 1 or more, got {max_prompt_length}")
-    encoder = _Encoder(tokenizer, is_conversational(dataset), source)
+    encoder = Encoder(tokenizer, is_conversational(dataset), source)
     cut: Counter[str] = Counter()
 
-    def fit(ids: dict[str, list[int]], place: _Place) -> None:
+    def fit(ids: dict[str, list[int]], place: Place) -> None:
         """Cut one row's ids to their limits, in place."""
         for name in ids:
             if not ids[name]:
@@ -240,7 +269,7 @@ def _tokenize(
     def encode(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
         rows = batch.get("row") or [index + 1 for index in indices]
         files = batch.get("file") or [source] * len(rows)
-        places = [_Place(file, row) for file, row in zip(files, rows, strict=True)]
+        places = [Place(file, row) for file, row in zip(files, rows, strict=True)]
         encoded = encoder(batch, completions, places)
         for i, place in enumerate(places):
             ids = {name: encoded[name][i] for name in encoded}
@@ -282,151 +311,3 @@ def _tokenize(
             max_length,
         )
     return tokenized
-
-
-@dataclass(frozen=True)
-class _Place:
-    source: str | None
-    row: int
-
-    def error(self, message: str, field: str) -> DataError:
-        return DataError(message, source=self.source, row=self.row, field=field)
-
-
-class _Encoder:
-    """A tokenizer's habits, looked up once, and the rules for prompts and completions."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, conversational: bool, source: str | None
-    ):
-        self.tokenizer = tokenizer
-        self.conversational = conversational
-        self.source = source
-        self.bos = tokenizer.bos_token_id
-        self.eos = tokenizer.eos_token_id
-        self.closers: list[str] = []
-        if conversational:
-            if tokenizer.chat_template is None:
-                raise DataError(
-                    "the prompts are messages, and the tokenizer has no chat template; give it "
-                    "one, or give plain text",
-                    source=source,
-                )
-            self.closers = _turn_closers(tokenizer)
-        bare = self._ids(["a"])[0]
-        with_specials = tokenizer("a")["input_ids"]
-        self.appends_eos = with_specials[-1:] == [self.eos] and bare[-1:] != [self.eos]
-        # Some tokenizers put a space before the first word of a text, which a completion that goes
-        # on from a prompt does not have. After a line break they put none that is not there.
-        first = tokenizer.convert_ids_to_tokens(bare[:1])
-        self.anchor: list[int] = []
-        if first and first[0][:1] in "▁Ġ":
-            self.anchor = self._ids(["\n"])[0]
-
-    def __call__(
-        self, batch: dict[str, list[Any]], completions: Sequence[str], places: Sequence[_Place]
-    ) -> dict[str, list[list[int]]]:
-        """Return the ids of a batch's prompts and completions, by name, not yet cut."""
-        texts: dict[str, list[str]] = {name: batch[name] for name in ("prompt", *completions)}
-        if self.conversational:
-            rendered = [self._render(batch, i, completions, x) for i, x in enumerate(places)]
-            texts = {name: [row[name] for row in rendered] for name in texts}
-            ids = {"prompt": self._ids(texts["prompt"])}
-        else:
-            ids = {"prompt": self.tokenizer(texts["prompt"], verbose=False)["input_ids"]}
-            if self.appends_eos:
-                ids["prompt"] = [prompt[:-1] for prompt in ids["prompt"]]
-        for name in completions:
-            ids[name] = [
-                self._end(x, text)
-                for x, text in zip(self._continuations(texts[name]), texts[name], strict=True)
-            ]
-        return ids
-
-    def last_tokens(self, ids: list[int], length: int) -> list[int]:
-        """Cut a prompt to its last tokens, and keep a BOS token in front."""
-        if length > 1 and self.bos is not None and ids[0] == self.bos:
-            return [self.bos, *ids[len(ids) - length + 1 :]]
-        return ids[len(ids) - length :]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _continuations(self, texts: list[str]) -> list[list[int]]:
-        if not self.anchor:
-            return self._ids(texts)
-        size = len(self.anchor)
-        anchored = self._ids(["\n" + text for text in texts])
-        return [
-            ids[size:] if ids[:size] == self.anchor else self._ids([text])[0]
-            for ids, text in zip(anchored, texts, strict=True)
-        ]
-
-    def _end(self, ids: list[int], text: str) -> list[int]:
-        if not ids or ids[-1] == self.eos or (self.closers and text.endswith(tuple(self.closers))):
-            return ids
-        if self.eos is None:
-            raise DataError(
-                "the tokenizer has no EOS token to end a completion with", source=self.source
-            )
-        return [*ids, self.eos]
-
-    def _render(
-        self, batch: dict[str, list[Any]], index: int, completions: Sequence[str], place: _Place
-    ) -> dict[str, str]:
-        prompt: list[Message] = batch["prompt"][index]
-        opening = self._template(prompt, place, "prompt", opens_turn=True)
-        texts = {"prompt": opening}
-        for name in completions:
-            whole = self._template(prompt + batch[name][index], place, name)
-            if not whole.startswith(opening):
-                raise place.error(
-                    "the chat template writes the prompt in another way when a completion "
-                    "follows, so the model cannot be trained on what generation sees",
-                    name,
-                )
-            texts[name] = _cut_after_closer(whole[len(opening) :], self.closers)
-        return texts
-
-    def _template(
-        self, messages: list[Message], place: _Place, field: str, opens_turn: bool = False
-    ) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opens_turn
-            )
-        except Exception as error:  # a template is a program that came with the model
-            raise place.error(
-                f"the chat template fails: {' '.join(str(error).split())}", field
-            ) from error
-        return cast(str, text)
-
-
-def _turn_closers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the tokens that may end the assistant's turn: first the template's, then EOS."""
-    answer = "prefalign"
-    sample = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-    try:
-        text = cast(str, tokenizer.apply_chat_template(sample, tokenize=False))
-    except Exception:  # a template that asks for more; its rows will say what
-        text = ""
-    tail = text.rpartition(answer)[2]
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    tokens |= set(tokenizer.all_special_tokens)
-    closers = sorted((t for t in tokens if t.strip() and t in tail), key=tail.index)
-    if tokenizer.eos_token is not None and tokenizer.eos_token not in closers:
-        closers.append(tokenizer.eos_token)
-    return closers
-
-
-def _cut_after_closer(text: str, closers: Sequence[str]) -> str:
-    """Drop what a template writes after the end of the turn: generation never gets there."""
-    end = len(text)
-    rest = text
-    while rest := rest.rstrip():
-        closer = next((closer for closer in closers if rest.endswith(closer)), None)
-        if closer is None:
-            break
-        end = len(rest)
-        rest = rest[: -len(closer)]
-    return text[:end]

@@ -5,7 +5,6 @@ from datasets import Dataset
 from texts import CHAT, PAIR, assistant, fails_with, triples, user, write
 
 from prefalign import data, tokenization
-from prefalign.errors import DataError
 
 QUESTION = "What is two and two?"
 LAYOUTS = {
@@ -143,19 +142,6 @@ def test_prompts_of_pairs_whose_completions_are_equal(tmp_path):
     same = [user("One?"), assistant("a")]
     source = write(tmp_path / "p.jsonl", {"prompt": "One?", "chosen": same, "rejected": same})
     assert data.load_prompts(source)["prompt"] == [[user("One?")]]
-
-
-def test_demonstrations(tmp_path):
-    source = write(tmp_path / "a.jsonl", {"prompt": "One?", "completion": " a"})
-    loaded = data.load_sft(source)
-    assert (loaded["prompt"], loaded["completion"]) == (["One?"], [" a"])
-    source = write(tmp_path / "b.jsonl", {"messages": [user("One?"), assistant("a")]})
-    loaded = data.load_sft(source)
-    assert (loaded["prompt"], loaded["completion"]) == ([[user("One?")]], [[assistant("a")]])
-    source = write(tmp_path / "c.jsonl", {"prompt": "One?", "messages": [user("One?")]})
-    with pytest.raises(DataError, match="row 1, field 'messages': expected a list of two messages"):
-        data.load_sft(source)
-    assert data.as_text([user("One?"), assistant("a")]) == "user: One?\nassistant: a"
 
 
 # Bad rows

@@ -105,15 +105,6 @@ def test_no_space_is_put_before_a_completion():
     assert tokenizer.convert_ids_to_tokens(row["rejected_ids"]) == ["▁Hello", "</s>"]
 
 
-def test_demonstrations_are_tokenized():
-    tokenizer = byte_tokenizer(template=CHATML, eos_token="<|im_end|>")
-    rows = [{"prompt": [user("Q?")], "completion": [assistant("a")]}]
-    row = tokenization.tokenize_sft(Dataset.from_list(rows), tokenizer)[0]
-    assert tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) == (
-        "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
-    )
-
-
 def test_cutting(caplog):
     tokenizer = byte_tokenizer(bos=True)
     rows = [
