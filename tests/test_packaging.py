@@ -29,7 +29,9 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_our_kernels_under_our_name_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "prefalign/kernels/linear_token_logps.py" in names
-    assert "prefalign/report.html" in names and "prefalign/py.typed" in names
+    assert {f"prefalign/{name}" for name in ("report.html", "principles.txt", "py.typed")} <= set(
+        names
+    )
     tops = {name.split("/")[0] for name in names}
     assert tops == {"prefalign", next(t for t in tops if t.endswith(".dist-info"))}
 
