@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -37,6 +38,8 @@ def test_the_default_set():
     for word in ("help", "know", "harm", "clear", "question", "brief"):
         assert any(word in principle.lower() for principle in principles)
     assert DEFAULT_PRINCIPLES.read_text().startswith("# ")
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    assert " · ".join(principles) in " ".join(page.replace("\n>", "").split())
 
 
 def test_a_file_and_a_list(tmp_path):
