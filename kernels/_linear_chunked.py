@@ -8,6 +8,9 @@ For a chunk of rows and a tile of vocabulary entries, with ``k = logit_scale / t
     A' = r·A + (e·f'·[v != y]) @ weight                  only for the row Jacobian
     at the end: logp = z_y - m - log s;  J = k·(f'_y·(1 - p_y)·weight[y] - A / s)
 
+A low-rank adapter adds low @ up.T to the first line's sum and has a Jacobian of its own, with
+``up`` in the place of ``weight``.
+
 The triple does the same for two logits tiles over one weight tile and takes the extrapolated logits
 from the two. Nothing has N·V elements.
 
@@ -28,6 +31,7 @@ from typing import NamedTuple
 import torch
 
 from ._common import compute_dtype
+from ._low_rank import Adapter, Factors, add_product, times
 from .plan import hidden_grad_fits
 
 # Below every logit, yet finite: a tile of -inf logits gives exp(-inf) = 0 and never inf - inf.
@@ -200,8 +204,10 @@ def finish_stats(m, s, zy, sums, V) -> dict[str, torch.Tensor]:
     return out
 
 
-def _logits(h, w, bias, head: Head) -> torch.Tensor:
+def _logits(h, w, bias, head: Head, low=None, up=None) -> torch.Tensor:
     out = _dot(h, w)
+    if low is not None:
+        add_product(out, low, up)
     return _cap(out if bias is None else out.add_(bias), head)
 
 
@@ -213,7 +219,7 @@ def _cap(out: torch.Tensor, head: Head) -> torch.Tensor:
     return out.mul_(head.softcap / head.temperature)
 
 
-def _target_logits(h, weight, y, bias, head: Head) -> torch.Tensor:
+def _target_logits(h, weight, y, bias, head: Head, adapter: Adapter | None = None) -> torch.Tensor:
     """The logits of each row's own target, [n], to put in the place of the GEMM's.
 
     The target's error goes straight into the log-prob, that of the others is averaged. A GEMM adds
@@ -221,6 +227,8 @@ def _target_logits(h, weight, y, bias, head: Head) -> torch.Tensor:
     """
     y = y.clamp(0, weight.shape[0] - 1)
     u = weight[y].to(h.dtype).mul_(h).sum(1)
+    if adapter is not None:
+        u += adapter.up[y].to(h.dtype).mul_(adapter.low).sum(1)
     return _cap(u if bias is None else u.add_(bias[y]), head)
 
 
@@ -243,9 +251,12 @@ def _rows_with_targets(targets: torch.Tensor, ignore_index: int) -> torch.Tensor
 
 
 def forward(
-    hidden, weight, targets, bias, head, ignore_index, extras, jacobian, rows, tile, reference=None
-):
-    """Return ({name: [N] statistic}, norm [2, N], J [N, D] or None) of the head's rows.
+    hidden, weight, targets, bias, head, ignore_index, extras, jacobian, rows, tile, reference=None,
+    adapter=None,
+):  # fmt: skip
+    """Return ({name: [N] statistic}, norm [2, N], J [N, D], J [N, r]) of the head's rows.
+
+    The Jacobians, by hidden and by the adapter's ``low``, are None where they are not asked for.
 
     ``norm`` is (m, s), from which backward makes p = exp(z - m) / s. With a ``reference`` the dict
     also has ``"reference"`` and ``"extrapolated"`` log-probs.
@@ -260,10 +271,11 @@ def forward(
     }
     norm = hidden.new_ones(2, N, dtype=dtype)
     J = hidden.new_zeros(N, D) if jacobian else None
+    J_low = torch.zeros_like(adapter.low) if jacobian and adapter else None
     kept = _rows_with_targets(targets, ignore_index)
     total = N if kept is None else kept.numel()
     if total == 0:
-        return result, norm, J
+        return result, norm, J, J_low
     rows = min(rows, total)
     sloped = jacobian and head.softcap is not None
     # The first: extrapolated, or scratch of the extras. The last: the slope.
@@ -274,6 +286,8 @@ def forward(
     if reference and reference.weight is not None:
         ref_slices = _Slices(reference.weight, dtype, tile)
     acc_buffer = hidden.new_empty(rows, D, dtype=dtype) if jacobian else None
+    factors = Factors(adapter, hidden) if adapter else None
+    low = up = None
     with _gemm_precision(hidden):
         for start in range(0, total, rows):
             end = min(start + rows, total)
@@ -281,8 +295,12 @@ def forward(
             n = end - start
             h = hidden[index].to(dtype)
             y = targets[index]
-            stats = _Online(_target_logits(h, weight, y, bias, head), extras)
+            here = adapter.at(index) if adapter else None
+            stats = _Online(_target_logits(h, weight, y, bias, head, here), extras)
             acc = acc_buffer[:n].zero_() if jacobian else None
+            if adapter:
+                low = factors.rows(index)
+                acc_low = torch.zeros_like(here.low) if jacobian else None
             if reference:
                 ref_h = reference.hidden[index].to(dtype)
                 ref_w = weight if reference.weight is None else reference.weight
@@ -296,7 +314,9 @@ def forward(
                 w = slices(lo, hi)
                 local = (y - lo).clamp_(0, v - 1)[:, None]
                 inside = (y >= lo) & (y < hi)
-                z = _logits(h, w, _part(bias, lo, hi), head)
+                if adapter:
+                    up = factors.entries(lo, hi)
+                z = _logits(h, w, _part(bias, lo, hi), head, low, up)
                 _put(z, local, inside, stats.zy)
                 if reference:
                     ref_w = w if ref_slices is None else ref_slices(lo, hi)
@@ -312,6 +332,8 @@ def forward(
                 if jacobian:
                     _put(e, local, inside, 0)
                     e = e if slope is None else e.mul_(slope)
+                    if adapter:
+                        acc_low.mul_(r[:, None]).add_(times(e, up))
                     w = w if narrow == dtype else weight[lo:hi]
                     _accumulate(acc.mul_(r[:, None]), _gradient_dot(e, w.T))
                 del z, e  # before the next tile is made
@@ -324,12 +346,16 @@ def forward(
             norm[0, index], norm[1, index] = stats.m, stats.s
             if jacobian:
                 J[index] = _finish_jacobian(acc, stats, weight, y, head, V).to(J.dtype)
+                if adapter:
+                    J_low[index] = _finish_jacobian(acc_low, stats, adapter.up, y, head, V)
     if targets.is_cuda:
         live = targets != ignore_index
         result = {name: value.masked_fill(~live, 0) for name, value in result.items()}
         norm.masked_fill_(~live, 1)
-        J = J.masked_fill_(~live[:, None], 0) if jacobian else None
-    return result, norm, J
+        for jac in (J, J_low):
+            if jac is not None:
+                jac.masked_fill_(~live[:, None], 0)
+    return result, norm, J, J_low
 
 
 def _put(tile: torch.Tensor, local, inside, values) -> None:
@@ -360,9 +386,12 @@ def _part(bias: torch.Tensor | None, lo: int, hi: int) -> torch.Tensor | None:
 
 def backward(
     grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, head, ignore_index,
-    needs, rows, tile, spare,
+    needs, rows, tile, spare, adapter=None,
 ):  # fmt: skip
-    """Return (dHidden, dWeight, dBias), None where ``needs`` says so, from recomputed logits."""
+    """Return (dHidden, dWeight, dBias, dLow, dUp) from recomputed logits.
+
+    Those that ``needs`` says not are None.
+    """
     kept = _rows_with_targets(targets, ignore_index)
     if targets.is_cuda:
         # Rows cannot be dropped without a host sync; a masked row must add 0, also from NaN.
@@ -372,38 +401,41 @@ def backward(
             None if g is None else g.masked_fill(~live, 0) for g in (grad_logps, grad_entropy)
         )
 
-    def run(first, last, dh, dw, db):
+    def run(first, last, *grads):
         _backward_tiles(
             grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, head, tile,
-            kept, rows, first, last, dh, dw, db,
+            kept, rows, first, last, *grads, adapter,
         )  # fmt: skip
 
     with _gemm_precision(hidden):
-        return arrange_backward(run, hidden, weight, bias, needs, kept, rows, spare)
+        return arrange_backward(run, hidden, weight, bias, adapter, needs, kept, rows, spare)
 
 
-def arrange_backward(run, hidden, weight, bias, needs, kept, rows, spare):
+def arrange_backward(run, hidden, weight, bias, adapter, needs, kept, rows, spare):
     """Allocate the gradients and sum each where float32 sums fit.
 
-    ``run(first, last, dh, dw, db)`` goes over vocabulary slices outside, row chunks inside: a slice
-    of dWeight is summed in float32 over all rows, cast and written once. dHidden is summed in
-    float32 over all slices: in the output, in a float32 copy where ``spare`` bytes hold it, else
-    row chunk by row chunk in a pass of its own.
+    ``run(first, last, dh, dw, db, dlow, dup)`` goes over vocabulary slices outside, row chunks
+    inside: a slice of dWeight (and of dUp) is summed in float32 over all rows, cast and written
+    once. dHidden is summed in float32 over all slices: in the output, in a float32 copy where
+    ``spare`` bytes hold it, else row chunk by row chunk in a pass of its own. dLow, as wide as its
+    sums, is made beside dHidden.
     """
-    need_h, need_w, need_b = needs
+    need_h, need_w, need_b, need_low, need_up = needs
     N, D = hidden.shape
     dtype = compute_dtype(hidden)
     dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_h else None
     dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_w else None
     db = torch.zeros_like(bias) if need_b else None
+    dlow = torch.zeros_like(adapter.low) if need_low else None
+    dup = torch.zeros_like(adapter.up) if need_up else None
     total = N if kept is None else kept.numel()
     if total == 0:
-        return dh, dw, db
+        return dh, dw, db, dlow, dup
     if need_h and dh.dtype == dtype:
-        run(0, total, dh, dw, db)
+        run(0, total, dh, dw, db, dlow, dup)
     elif need_h and hidden_grad_fits(total, D, hidden.dtype, spare):
         sums = hidden.new_zeros(total, D, dtype=dtype)
-        run(0, total, sums, dw, db)
+        run(0, total, sums, dw, db, dlow, dup)
         _store_rows(dh, sums, kept, 0, total, rows)
     else:
         if need_h:
@@ -411,11 +443,11 @@ def arrange_backward(run, hidden, weight, bias, needs, kept, rows, spare):
             for start in range(0, total, rows):
                 end = min(start + rows, total)
                 sums = block[: end - start].zero_()
-                run(start, end, sums, None, None)
+                run(start, end, sums, None, None, dlow, None)
                 _store_rows(dh, sums, kept, start, end, rows)
-        if need_w or need_b:
-            run(0, total, None, dw, db)
-    return dh, dw, db
+        if need_w or need_b or need_up or not need_h:
+            run(0, total, None, dw, db, None if need_h else dlow, dup)
+    return dh, dw, db, dlow, dup
 
 
 def _store_rows(out, sums, kept, start, end, rows):
@@ -428,11 +460,11 @@ def _store_rows(out, sums, kept, start, end, rows):
 
 def _backward_tiles(
     grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, head, tile, kept, rows,
-    first, last, dh, dw, db,
+    first, last, dh, dw, db, dlow=None, dup=None, adapter=None,
 ):  # fmt: skip
-    """Add the gradients of rows ``first`` to ``last`` (of those kept) to ``dh``, ``dw``, ``db``.
+    """Add the gradients of rows ``first`` to ``last`` (of those kept) to those that are not None.
 
-    ``dh`` has either all of hidden's rows, or just these.
+    ``dh`` has either all of hidden's rows, or just these; ``dlow`` has all.
     """
     V, D = weight.shape
     dtype = compute_dtype(hidden)
@@ -441,9 +473,12 @@ def _backward_tiles(
     scattered = dh is not None and kept is not None and dh.shape[0] == hidden.shape[0]
     narrow = _gradient_dtype(weight)
     slices = _Slices(weight, dtype, tile)
+    factors = Factors(adapter, hidden) if adapter else None
+    low = up = None
     at_target = norm.new_empty(last - first)
     for start, end, index in _row_chunks(first, last, rows, kept):
-        zy = _target_logits(hidden[index].to(dtype), weight, targets[index], bias, head)
+        here = adapter.at(index) if adapter else None
+        zy = _target_logits(hidden[index].to(dtype), weight, targets[index], bias, head, here)
         at_target[start - first : end - first] = _target_grads(
             zy, norm[:, index], _rows(grad_logps, index, zy), _rows(grad_entropy, index, zy),
             _rows(entropy, index, zy), head,
@@ -457,9 +492,14 @@ def _backward_tiles(
         if dw is not None:
             dw_slice = dw_buffer[:v].zero_() if copy_w else dw[lo:hi]
         db_slice = None if db is None else weight.new_zeros(v, dtype=dtype)
+        if adapter:
+            up = factors.entries(lo, hi)
+            dup_slice = None if dup is None else weight.new_zeros(v, dup.shape[1], dtype=dtype)
         for start, end, index in _row_chunks(first, last, rows, kept):
             h = hidden[index].to(dtype)
-            z = _logits(h, w, _part(bias, lo, hi), head)
+            if adapter:
+                low = factors.rows(index)
+            z = _logits(h, w, _part(bias, lo, hi), head, low, up)
             dz = _logit_grads(
                 z, norm[:, index], _rows(grad_logps, index, z), _rows(grad_entropy, index, z),
                 _rows(entropy, index, z), head,
@@ -470,6 +510,12 @@ def _backward_tiles(
             _put(dz, local, inside, at_target[start - first : end - first])
             if db is not None:
                 db_slice.add_(dz.sum(0), alpha=k)
+            if dup is not None:
+                dup_slice.add_(times(dz.T, low), alpha=k)
+            if dlow is not None:
+                _put(dz, local, inside, 0)  # added below, unrounded
+                dlow[index] += times(dz, up).mul_(k)
+                _put(dz, local, inside, at_target[start - first : end - first])
             if narrow != dtype:
                 dz, h, z = dz.to(narrow), hidden[index], None
             if dw is not None:
@@ -486,6 +532,12 @@ def _backward_tiles(
             dw[lo:hi] = dw_slice
         if db is not None:
             db[lo:hi] = db_slice
+        if dup is not None:
+            dup[lo:hi] = dup_slice
+    if dlow is not None:
+        for start, end, index in _row_chunks(first, last, rows, kept):
+            part = adapter.up[targets[index].clamp(0, V - 1)].to(dtype)
+            dlow[index] += part.mul_(at_target[start - first : end - first, None]).mul_(k)
     if dh is not None:
         for start, end, index in _row_chunks(first, last, rows, kept):
             part = weight[targets[index].clamp(0, V - 1)].to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._common import jit, store_rounded, tanh, tl
+from ._common import _IN_INTERPRETER, jit, store_rounded, tanh, tl
 from ._gemm_kernel import _dot, _grouped, _halves
 
 
@@ -37,6 +37,48 @@ def _fold(z, valid, hit, m, s, zy, total, t, q, EXTRAS: tl.constexpr):
         t = r * (t + s * step) + tl.sum(e * x, 1)
         q = r * r * q + tl.sum(e * e, 1)
     return m_new, s_new, zy, total, t, q
+
+
+@jit
+def _low_rank(
+    acc, low_at, up_at, in_n, in_v, mask_n, mask_v, RANK: tl.constexpr, CUT: tl.constexpr
+):
+    """Return acc + low @ up.T of a tile; both are rows of RANK numbers, low float32.
+
+    CUT: a product of float32 numbers on tensor cores, as six of their bfloat16 parts. It keeps the
+    layout of the sums, where float32's own multiplication would move them through memory.
+    """
+    in_r = tl.arange(0, 16)
+    for r in tl.range(0, RANK, 16, num_stages=1):
+        offs_r = r + in_r
+        mask_r = offs_r < RANK
+        low = tl.load(
+            low_at + in_n[:, None] * RANK + offs_r[None, :],
+            mask=mask_n[:, None] & mask_r[None, :], other=0.0,
+        )  # fmt: skip
+        up = tl.load(
+            up_at + in_v[None, :] * RANK + offs_r[:, None],
+            mask=mask_v[None, :] & mask_r[:, None], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        if CUT:
+            low_1 = low.to(tl.bfloat16)
+            low -= low_1.to(tl.float32)
+            low_2 = low.to(tl.bfloat16)
+            low_3 = (low - low_2.to(tl.float32)).to(tl.bfloat16)
+            up_1 = up.to(tl.bfloat16)
+            acc = _dot(low_1, up_1, acc, _IN_INTERPRETER)
+            acc = _dot(low_2, up_1, acc, _IN_INTERPRETER)
+            acc = _dot(low_3, up_1, acc, _IN_INTERPRETER)
+            if up_at.dtype.element_ty != tl.bfloat16:
+                up -= up_1.to(tl.float32)
+                up_2 = up.to(tl.bfloat16)
+                up_3 = (up - up_2.to(tl.float32)).to(tl.bfloat16)
+                acc = _dot(low_1, up_2, acc, _IN_INTERPRETER)
+                acc = _dot(low_2, up_2, acc, _IN_INTERPRETER)
+                acc = _dot(low_1, up_3, acc, _IN_INTERPRETER)
+        else:
+            acc = tl.dot(low, up, acc, input_precision="ieee")
+    return acc
 
 
 @jit
@@ -94,14 +136,14 @@ def _absorb(
 @jit
 def _logits_kernel(
     x_ptr, ref_x_ptr, w_ptr, ref_w_ptr, bias_ptr, ref_bias_ptr, targets_ptr, part_ptr, z_ptr,
-    N, V_begin, V_end, D, num_splits, split_size, stride_part,
+    low_ptr, up_ptr, N, V_begin, V_end, D, num_splits, split_size, stride_part,
     stride_xn, stride_xd, stride_rn, stride_rd, stride_wv, stride_wd, stride_sv, stride_sd,
     stride_zn, pre, post, extrapolation,
     HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     TRIPLE: tl.constexpr, SHARED: tl.constexpr, EXTRAS: tl.constexpr, STATS: tl.constexpr,
-    STORE_Z: tl.constexpr, UPCAST: tl.constexpr, LOWEST: tl.constexpr, USE_TMA: tl.constexpr,
-    PAIR: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    STORE_Z: tl.constexpr, RANK: tl.constexpr, CUT: tl.constexpr, UPCAST: tl.constexpr,
+    LOWEST: tl.constexpr, USE_TMA: tl.constexpr, PAIR: tl.constexpr, PIECES: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Statistics (STATS) or logits (STORE_Z) of one row block over one split of the vocabulary.
 
@@ -134,6 +176,9 @@ def _logits_kernel(
             if not SHARED:
                 ref_w_offs = in_v[None, :] * stride_sv + in_d[:, None] * stride_sd
                 ref_w_block = ref_w_ptr + v_first * stride_sv
+    if RANK:
+        low_at = low_ptr + first * RANK
+        up_at = up_ptr + (begin.to(tl.int64) + V_begin) * RANK
     if STORE_Z:
         z_block = z_ptr + first * stride_zn + begin
         z_rows = in_n * stride_zn - V_begin - begin
@@ -146,6 +191,13 @@ def _logits_kernel(
         mask_v = offs_v < end
         acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         other = acc  # the second tile's sums (PAIR) or the reference's (TRIPLE)
+        if RANK:
+            acc = _low_rank(acc, low_at, up_at, in_n, in_v, mask_n, mask_v, RANK, CUT)
+            up_at += BLOCK_V * RANK
+            if PAIR:
+                mask_next = offs_v + BLOCK_V < end
+                other = _low_rank(other, low_at, up_at, in_n, in_v, mask_n, mask_next, RANK, CUT)
+                up_at += BLOCK_V * RANK
         if not USE_TMA:
             x_at = x_ptr + first * stride_xn
             w_at = w_block

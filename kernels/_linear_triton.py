@@ -28,6 +28,7 @@ from ._linear_kernels import (
     _logits_kernel,
     _weights_kernel,
 )
+from ._low_rank import Adapter, fold, parts
 from .configs import Blocks, architecture, blocks_for, row_for, split_sizes
 
 try:
@@ -64,7 +65,9 @@ def _describe(x: torch.Tensor, block: list[int]):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-def _launch_logits(x, weight, bias, y, head, lo, hi, split, blocks, part, z, extras, ref=None):
+def _launch_logits(
+    x, weight, bias, y, head, lo, hi, split, blocks, part, z, extras, ref=None, adapter=None
+):
     """Run _logits_kernel on entries lo to hi; ``part`` or ``z`` may be None: not wanted."""
     pre = head.scale / (head.temperature if head.softcap is None else head.softcap)
     post = 1.0 if head.softcap is None else head.softcap / head.temperature
@@ -81,17 +84,22 @@ def _launch_logits(x, weight, bias, y, head, lo, hi, split, blocks, part, z, ext
         operands = map(_describe, operands, (rows, rows, columns, columns))
     else:
         blocks = blocks.by_pointers()
+    if adapter is not None:
+        blocks = blocks.with_adapter()
     # Six statistics a row and two accumulators do not fit the registers.
     pair = blocks.pair and ref is None and not extras and split >= 2 * blocks.block_v
     _logits_kernel[(triton.cdiv(n, blocks.block_n) * splits,)](
         *operands, y if bias is None else bias, y if ref_bias is None else ref_bias,
         y, y if part is None else part, y if z is None else z,
+        *((y, y) if adapter is None else adapter),
         n, lo, hi, x.shape[1], splits, split, splits * n, *strides,
         0 if z is None else z.stride(0), pre, post, 0.0 if ref is None else ref.extrapolation,
         HAS_BIAS=bias is not None, HAS_REF_BIAS=ref_bias is not None,
         SOFTCAP=head.softcap is not None, TRIPLE=ref is not None, SHARED=shared, EXTRAS=extras,
-        STATS=part is not None, STORE_Z=z is not None, UPCAST=_upcast(x), LOWEST=LOWEST,
-        USE_TMA=use_tma, PAIR=pair, PIECES=blocks.pieces, GROUP=row_for(x.device).group,
+        STATS=part is not None, STORE_Z=z is not None,
+        RANK=0 if adapter is None else adapter.up.shape[1], CUT=x.dtype.itemsize == 2,
+        UPCAST=_upcast(x), LOWEST=LOWEST, USE_TMA=use_tma, PAIR=pair, PIECES=blocks.pieces,
+        GROUP=row_for(x.device).group,
         BLOCK_N=blocks.block_n, BLOCK_V=blocks.block_v, BLOCK_D=blocks.block_d,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
@@ -115,11 +123,22 @@ def _launch_weights(z, out, m, s, y, head, lo, size, ignore_index, grads=None):
     )  # fmt: skip
 
 
+def _launch_jacobian(acc, matrix, stats, y, out, head, ignore_index):
+    """Run _jacobian_kernel on the sums of ``matrix``'s rows, the weight's or the adapter's."""
+    (V, width), n = matrix.shape, y.shape[0]
+    slope = 1.0 if head.softcap is None else head.temperature / head.softcap
+    _jacobian_kernel[(triton.cdiv(n, 16), triton.cdiv(width, 128))](
+        acc, matrix, *stats[0, :3], y, out, n, V, width,
+        *matrix.stride(), width, head.scale / head.temperature, slope, ignore_index,
+        SOFTCAP=head.softcap is not None, BLOCK_N=16, BLOCK_D=128,
+    )  # fmt: skip
+
+
 def _gemm(a, b, c, *, alpha=1.0, accumulate=True, row_scale=None, targets=None, ignore=0):
     """Compute c = row_scale·c + alpha·a @ b (or without c); ``targets`` masks b's rows."""
     M, K = a.shape
     N = b.shape[1]
-    blocks = blocks_for(a, gemm=True)
+    blocks = blocks_for(a, gemm=True).for_columns(N)
     operands, strides = (a, b), (*a.stride(), *b.stride())
     use_tma = targets is None and described(operands, blocks)
     if use_tma:
@@ -135,6 +154,19 @@ def _gemm(a, b, c, *, alpha=1.0, accumulate=True, row_scale=None, targets=None, 
         BLOCK_M=blocks.block_n, BLOCK_N=blocks.block_v, BLOCK_K=blocks.block_d,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
+
+
+def _cut(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """Return a factor as an operand of a gradient's GEMM, in two parts where ``dtype`` has 16 bits.
+
+    Two parts carry 16 bits of a factor that the other operand, 8 bits wide, is multiplied by.
+    """
+    found = parts(x, dtype, 2)
+    return (found[0] if len(found) == 1 else torch.cat(found, 1)).contiguous(), len(found)
+
+
+def _contiguous(adapter: Adapter | None) -> Adapter | None:
+    return None if adapter is None else Adapter(*(x.contiguous() for x in adapter))
 
 
 def _tile_buffers(like, rows, width, dtype):
@@ -172,9 +204,11 @@ def forward(
     rows,
     tile,
     reference=None,
+    adapter=None,
     blocks=None,
 ):
-    """Return ({name: [N] statistic}, norm [2, N], J [N, D] or None), as the chunked path does."""
+    """Return ({name: [N] statistic}, norm [2, N], J [N, D], J [N, r]), as the chunked path does."""
+    adapter = _contiguous(adapter)
     (N, D), V = hidden.shape, weight.shape[0]
     if blocks is None:
         blocks = blocks_for(hidden)
@@ -185,6 +219,7 @@ def forward(
     state = hidden.new_zeros(models, num, N, dtype=torch.float32)
     state[:, 0] = LOWEST
     J = torch.empty_like(hidden, memory_format=torch.contiguous_format) if jacobian else None
+    J_low = torch.empty_like(adapter.low) if jacobian and adapter else None
     tile, split = split_sizes(min(rows, N), V, tile, blocks, row_for(hidden.device))
     step = tile if jacobian else V
     with on_device(hidden):
@@ -192,18 +227,19 @@ def forward(
             chunk = slice(start, start + rows)
             x, y = hidden[chunk], targets[chunk]
             ref = None if reference is None else reference._replace(hidden=reference.hidden[chunk])
+            here = adapter.at(chunk) if adapter else None
             n = x.shape[0]
             stats = state[:, :, chunk].contiguous()
             part = stats.new_empty(models, num, triton.cdiv(min(step, V), split), n)
             scale = stats.new_empty(n)
             if jacobian:
                 z, p = _tile_buffers(hidden, n, min(tile, V), hidden.dtype)
-                acc = stats.new_zeros(n, D)
+                acc, acc_low = stats.new_zeros(n, D), None
             for lo in range(0, V, step):
                 hi = min(lo + step, V)
                 _launch_logits(
                     x, weight, bias, y, head, lo, hi, split, blocks, part,
-                    z if jacobian else None, bool(extras), ref,
+                    z if jacobian else None, bool(extras), ref, here,
                 )  # fmt: skip
                 splits = triton.cdiv(hi - lo, split)
                 _combine_kernel[(triton.cdiv(n, COMBINE_ROWS), models)](
@@ -213,28 +249,35 @@ def forward(
                 if jacobian:
                     _launch_weights(z, p, stats[0, 0], scale, y, head, lo, hi - lo, ignore_index)
                     _gemm(p[:, : hi - lo], weight[lo:hi], acc, row_scale=scale)
+                    if adapter:
+                        up, count = _cut(adapter.up[lo:hi], hidden.dtype)
+                        if acc_low is None:
+                            acc_low = stats.new_zeros(n, up.shape[1])
+                        _gemm(p[:, : hi - lo], up, acc_low, row_scale=scale)
             state[:, :, chunk] = stats
             if jacobian:
-                slope = 1.0 if head.softcap is None else head.temperature / head.softcap
-                _jacobian_kernel[(triton.cdiv(n, 16), triton.cdiv(D, 128))](
-                    acc, weight, *stats[0, :3], y, J[chunk], n, V, D,
-                    *weight.stride(), D, head.scale / head.temperature, slope, ignore_index,
-                    SOFTCAP=head.softcap is not None, BLOCK_N=16, BLOCK_D=128,
-                )  # fmt: skip
+                _launch_jacobian(acc, weight, stats, y, J[chunk], head, ignore_index)
+                if adapter:
+                    sums = fold(acc_low, count)
+                    _launch_jacobian(sums, adapter.up, stats, y, J_low[chunk], head, ignore_index)
     rest = dict(zip(("mean_logits", "entropy", "log_sum_sq_probs"), state[0, 3:], strict=False))
     out = finish_stats(*state[0, :3], {name: rest.get(name) for name in extras}, V)
     for model, name in enumerate(("reference", "extrapolated") if reference else (), 1):
         out[name] = finish_stats(*state[model, :3], {}, V)["logps"]
     dead = targets == ignore_index
     result = {name: out[name].masked_fill(dead, 0) for name in names}
-    return result, state[0, :2].masked_fill(dead, 1), J
+    return result, state[0, :2].masked_fill(dead, 1), J, J_low
 
 
 def backward(
     grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, head, ignore_index,
-    needs, rows, tile, spare,
+    needs, rows, tile, spare, adapter=None,
 ):  # fmt: skip
-    """Return (dHidden, dWeight, dBias), None where ``needs`` says so, from recomputed logits."""
+    """Return (dHidden, dWeight, dBias, dLow, dUp) from recomputed logits.
+
+    Those that ``needs`` says not are None.
+    """
+    adapter = _contiguous(adapter)
     V, D = weight.shape
     blocks = blocks_for(hidden)
     most = min(rows, hidden.shape[0])
@@ -245,7 +288,7 @@ def backward(
     if grad_entropy is not None:
         grad_entropy = grad_entropy.contiguous()
 
-    def run(first, last, dh, dw, db):
+    def run(first, last, dh, dw, db, dlow, dup):
         n = min(rows, last - first)
         z_buffer, dz_buffer = _tile_buffers(hidden, n, min(tile, V), hidden.dtype)
         # One row chunk writes its slice of dWeight at once; several sum it in float32 first.
@@ -257,11 +300,17 @@ def backward(
             if dw is not None:
                 dw_slice = dw[lo:hi] if dw_buffer is None else dw_buffer[: hi - lo]
             db_sum = norm.new_zeros(hi - lo) if db is not None else None
+            dup_sum = None
+            if dlow is not None:
+                up, count = _cut(adapter.up[lo:hi], hidden.dtype)
             for start in range(first, last, rows):
                 chunk = slice(start, min(start + rows, last))
                 x, y = hidden[chunk], targets[chunk]
                 z, dz = z_buffer[: x.shape[0]], dz_buffer[: x.shape[0]]
-                _launch_logits(x, weight, bias, y, head, lo, hi, split, blocks, None, z, False)
+                here = adapter.at(chunk) if adapter else None
+                _launch_logits(
+                    x, weight, bias, y, head, lo, hi, split, blocks, None, z, False, None, here
+                )
                 grads = (v if v is None else v[chunk] for v in (grad_logps, grad_entropy, entropy))
                 m, s = norm[:, chunk]
                 _launch_weights(z, dz, m, s, y, head, lo, hi - lo, ignore_index, tuple(grads))
@@ -273,12 +322,23 @@ def backward(
                         dz.T, x, dw_slice, alpha=k, accumulate=start > first, targets=y,
                         ignore=ignore_index,
                     )  # fmt: skip
+                if dlow is not None:
+                    product = norm.new_empty(dz.shape[0], up.shape[1])
+                    _gemm(dz, up, product, alpha=k, accumulate=False)
+                    dlow[chunk] += fold(product, count)
+                if dup is not None:
+                    low, low_count = _cut(here.low, hidden.dtype)
+                    if dup_sum is None:
+                        dup_sum = norm.new_zeros(hi - lo, low.shape[1])
+                    _gemm(dz.T, low, dup_sum, alpha=k, targets=y, ignore=ignore_index)
                 if db is not None:
                     db_sum.add_(dz.sum(0, dtype=torch.float32), alpha=k)
             if dw is not None and dw_buffer is not None:
                 dw[lo:hi] = dw_slice
             if db is not None:
                 db[lo:hi] = db_sum
+            if dup is not None:
+                dup[lo:hi] = fold(dup_sum, low_count)
 
     with on_device(hidden):
-        return arrange_backward(run, hidden, weight, bias, needs, None, rows, spare)
+        return arrange_backward(run, hidden, weight, bias, adapter, needs, None, rows, spare)

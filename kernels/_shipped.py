@@ -24,15 +24,15 @@ _DIVISIBLE = (
 _UNALIGNED = ("split_size", "stride_zn")
 _OPERANDS = "x_ptr ref_x_ptr w_ptr ref_w_ptr bias_ptr ref_bias_ptr a_ptr b_ptr out_ptr".split()
 _FLOAT_POINTERS = (
-    "part_ptr state_ptr scale_ptr z_ptr m_ptr s_ptr zy_ptr acc_ptr g_ptr g_entropy_ptr "
-    "entropy_ptr row_scale_ptr c_ptr"
+    "low_ptr up_ptr part_ptr state_ptr scale_ptr z_ptr m_ptr s_ptr zy_ptr acc_ptr g_ptr "
+    "g_entropy_ptr entropy_ptr row_scale_ptr c_ptr"
 ).split()
 
 _PLAIN = {"SOFTCAP": False, "HAS_BIAS": False, "HAS_REF_BIAS": False}
 _FULL = {"SOFTCAP": True, "HAS_BIAS": True, "HAS_REF_BIAS": True}
 _LOGITS = {
     "TRIPLE": False, "SHARED": True, "EXTRAS": False, "STATS": True, "STORE_Z": False,
-    "LOWEST": -1e30, "stride_xd": 1, "stride_rd": 1, "stride_wd": 1, "stride_sd": 1,
+    "RANK": 0, "LOWEST": -1e30, "stride_xd": 1, "stride_rd": 1, "stride_wd": 1, "stride_sd": 1,
 }  # fmt: skip
 _TRIPLE = _LOGITS | {"TRIPLE": True}
 _TWO_HEADS = _TRIPLE | _FULL | {"SHARED": False, "STORE_Z": True}
@@ -48,17 +48,25 @@ LOGITS = {
     "triple": _TRIPLE | _PLAIN,
     "triple, two heads, z": _TWO_HEADS,
     "forward, unaligned": _LOGITS | _PLAIN,
+    "adapter": _LOGITS | _PLAIN | {"RANK": 16},
+    "adapter, full, z": _LOGITS | _FULL | {"RANK": 16, "STORE_Z": True},
+    "adapter, extras, z": _LOGITS | _FULL | {"RANK": 16, "EXTRAS": True, "STORE_Z": True},
+    "adapter, recompute": _LOGITS | _FULL | {"RANK": 16, "STATS": False, "STORE_Z": True},
 }
 OTHERS = {
     "gemm": _GEMM | {"stride_ak": 1},
     "gemm, transposed": _GEMM_T | {"stride_am": 1},
+    "gemm, narrow": _GEMM | {"stride_ak": 1},
+    "gemm, narrow, transposed": _GEMM_T | {"stride_am": 1},
     "weights": _WEIGHTS,
     "combine": {"EXTRAS": True},
     "jacobian": {"SOFTCAP": True, "stride_wd": 1},
 }
 TOKENS = ("token_logps", "token_logps, extras", "token_logps combine",
           "token_logps backward", "token_logps backward, extras")  # fmt: skip
-_SINGLE = ("forward, extras, z", "triple, two heads, z", "gemm, transposed")
+_SINGLE = (
+    "forward, extras, z", "adapter, extras, z", "triple, two heads, z", "gemm, transposed"
+)  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -99,15 +107,17 @@ def head_launch(name: str, target: str, dtype: str = "bf16") -> Launch:
         **dict.fromkeys(_OPERANDS, f"*{dtype}"),
         "targets_ptr": "*i64",
     }
+    blocks = blocks.for_columns(32) if "narrow" in name else blocks
     tma = blocks.tma and name not in ("gemm, transposed", "forward, unaligned")
     blocks = blocks if tma else blocks.by_pointers()
+    blocks = blocks.with_adapter() if flags.get("RANK") else blocks
     n, v, d = blocks[:3]
     warps, stages = blocks.num_warps, blocks.num_stages
     shared = {"UPCAST": False, "USE_TMA": tma, "PIECES": blocks.pieces, "GROUP": row.group}
     if logits:
         fn = _linear_kernels._logits_kernel
         lone = not (flags["TRIPLE"] or flags["EXTRAS"])
-        flags = flags | shared | {"PAIR": blocks.pair and lone}
+        flags = flags | shared | {"PAIR": blocks.pair and lone, "CUT": dtype == "bf16"}
         flags |= {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d}
         if tma:
             signature |= dict.fromkeys(("x_ptr", "ref_x_ptr"), f"tensordesc<{dtype}[{n}, {d}]>")

@@ -45,6 +45,24 @@ class Blocks(NamedTuple):
             return self
         return self._replace(pair=False, tma=False, block_v=min(self.block_v, 128))
 
+    def for_columns(self, columns: int) -> Blocks:
+        """Return what a GEMM launches for a result of so few columns: an adapter's factor.
+
+        The copy engine's boxes are 64 columns wide, so that a narrower operand goes by pointers.
+        """
+        if columns > 64 or columns >= self.block_v:
+            return self
+        width = max(16, 1 << (columns - 1).bit_length())
+        return self._replace(block_v=width, pieces=1, pair=False, tma=False)
+
+    def with_adapter(self) -> Blocks:
+        """Return what to launch with a low-rank adapter, whose factors take registers too.
+
+        A second accumulator of 128 columns would spill up to 40 bytes on sm_90; no bit depends on
+        it.
+        """
+        return self._replace(pair=self.pair and self.block_v < 128)
+
 
 class Row(NamedTuple):
     """What one architecture launches; ``half`` is for 16-bit operands, ``single`` for float32.

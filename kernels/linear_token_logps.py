@@ -8,6 +8,7 @@ hidden [N, D], weight [V, D], targets [N] -> logps [N]. One pass of the head is 
     forward, nothing needs a gradient       1F          reads hidden and weight once per row chunk
     frozen head, forward + backward         2F          saves J [N, D], backward only scales rows
     trained head, forward + backward        4F          saves lse [N], recomputes vocabulary slices
+    trained LoRA on it (``head_adapter``)   3F          the same, but for the weight's gradient
 
 The row Jacobian of a frozen head, summed up beside the log-sum-exp, with d = dz/du:
 
@@ -35,23 +36,30 @@ from ._common import (
     resolve_impl,
 )
 from ._linear_chunked import Head
+from ._low_rank import Adapter
+from .head_adapter import HeadAdapter, check_adapter, project
 from .plan import HeadPlan, default_workspace, head_strategy, head_tiles, tile_bytes
 from .token_logps import OUTPUTS, TokenLogps
 
 IMPLEMENTATIONS = {"chunked": _linear_chunked, "triton": _linear_triton}
 
 
-def head_logits(hidden, weight, bias, head: Head) -> torch.Tensor:
+def head_logits(hidden, weight, bias, head: Head, adapter=None) -> torch.Tensor:
     """Return the logits of ``hidden``, eagerly, in its dtype."""
-    z = F.linear(hidden, weight, bias if bias is None else bias.to(hidden.dtype)) * head.scale
+    z = F.linear(hidden, weight, bias if bias is None else bias.to(hidden.dtype))
+    if adapter is not None:  # PEFT's order, in the wider of the two dtypes
+        wide = torch.promote_types(hidden.dtype, adapter.a.dtype)
+        low = F.linear(hidden.to(wide), adapter.a.to(wide))
+        z = (z + F.linear(low, adapter.b.to(wide)) * adapter.scaling).to(hidden.dtype)
+    z = z * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     return z / head.temperature
 
 
-def reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_index):
+def reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_index, adapter=None):
     """Return every output of the op, eagerly; differentiable, in the dtype of ``hidden``."""
-    z = head_logits(hidden, weight, bias, head)
+    z = head_logits(hidden, weight, bias, head, adapter)
     z = z if z.dtype == torch.float64 else z.float()
     live = targets != ignore_index
     y = torch.where(live, targets, 0).unsqueeze(-1)
@@ -67,12 +75,12 @@ def reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_ind
     return TokenLogps(*(value.masked_fill(~live, 0) for value in out))
 
 
-def plan_tiles(hidden, V, rows, tile, budget):
+def plan_tiles(hidden, V, rows, tile, budget, rank=0):
     """Return (rows, vocabulary entries, budget), with 0 replaced by what the plan would say."""
     N, D = hidden.shape
     budget = budget or default_workspace(hidden.device)
     if not rows:
-        rows, tile = head_tiles(N, V, D, hidden.dtype, hidden.device, budget)
+        rows, tile = head_tiles(N, V, D, hidden.dtype, hidden.device, budget, rank)
     return rows, tile, budget
 
 
@@ -92,7 +100,10 @@ def _op(
     row_chunk: int,
     vocab_tile: int,
     budget: int,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
 ) -> tuple[
+    torch.Tensor,
     torch.Tensor,
     torch.Tensor,
     torch.Tensor,
@@ -103,20 +114,21 @@ def _op(
     torch.Tensor,
 ]:
     check_labels("targets", targets, weight.shape[0], ignore_index)
-    rows, tile, _ = plan_tiles(hidden, weight.shape[0], row_chunk, vocab_tile, budget)
+    rank = 0 if low is None else low.shape[1]
+    rows, tile, _ = plan_tiles(hidden, weight.shape[0], row_chunk, vocab_tile, budget, rank)
     head = Head(logit_scale, softcap, temperature)
     names = tuple(name for name in extras.split(",") if name not in ("", "lse"))
-    stats, norm, J = IMPLEMENTATIONS[impl].forward(
+    stats, norm, J, J_low = IMPLEMENTATIONS[impl].forward(
         hidden, weight, targets, bias, head, ignore_index, names, strategy == "row_jacobian",
-        rows, tile,
+        rows, tile, adapter=None if low is None else Adapter(low, up),
     )  # fmt: skip
     values = (stats.get(name) for name in TokenLogps._fields)
-    return tuple(hidden.new_empty(0) if x is None else x for x in (*values, norm, J))
+    return tuple(hidden.new_empty(0) if x is None else x for x in (*values, norm, J, J_low))
 
 
 @_op.register_fake
 def _(hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index, extras,
-      strategy, impl, row_chunk, vocab_tile, budget):  # fmt: skip
+      strategy, impl, row_chunk, vocab_tile, budget, low=None, up=None):  # fmt: skip
     names = ("logps", "lse", *extras.split(","))
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     stats = [
@@ -125,8 +137,13 @@ def _(hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_i
         else hidden.new_empty(0)
         for name in TokenLogps._fields
     ]
-    J = hidden.new_empty(hidden.shape) if strategy == "row_jacobian" else hidden.new_empty(0)
-    return (*stats, targets.new_empty((2, *targets.shape), dtype=dtype), J)
+    J, J_low = (
+        x.new_empty(x.shape)
+        if strategy == "row_jacobian" and x is not None
+        else hidden.new_empty(0)
+        for x in (hidden, low)
+    )
+    return (*stats, targets.new_empty((2, *targets.shape), dtype=dtype), J, J_low)
 
 
 @torch.library.custom_op("prefalign::linear_token_logps_backward", mutates_args=())
@@ -150,13 +167,25 @@ def backward_op(
     budget: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the head's inputs from recomputed logits; ``needs`` is a subset of "hwb"."""
-    rows, tile, budget = plan_tiles(hidden, weight.shape[0], row_chunk, vocab_tile, budget)
-    spare = budget - tile_bytes(rows, tile, hidden.shape[1], hidden.dtype, hidden.device)
+    return _gradients(
+        grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, logit_scale,
+        softcap, temperature, ignore_index, needs, impl, row_chunk, vocab_tile, budget,
+    )[:3]  # fmt: skip
+
+
+def _gradients(
+    grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, logit_scale, softcap,
+    temperature, ignore_index, needs, impl, row_chunk, vocab_tile, budget, adapter=None,
+):  # fmt: skip
+    V, D = weight.shape
+    rank = 0 if adapter is None else adapter.up.shape[1]
+    rows, tile, budget = plan_tiles(hidden, V, row_chunk, vocab_tile, budget, rank)
     grads = IMPLEMENTATIONS[impl].backward(
         grad_logps, grad_entropy, hidden, weight, targets, bias, norm,
         None if grad_entropy is None else entropy,
         Head(logit_scale, softcap, temperature), ignore_index,
-        tuple(letter in needs for letter in "hwb"), rows, tile, spare,
+        tuple(letter in needs for letter in "hwblu"), rows, tile,
+        budget - tile_bytes(rows, tile, D, hidden.dtype, hidden.device, rank), adapter=adapter,
     )  # fmt: skip
     return tuple(hidden.new_empty(0) if x is None else x for x in grads)
 
@@ -167,6 +196,46 @@ def _(grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, lo
     return tuple(
         hidden.new_empty(0) if letter not in needs else value.new_empty(value.shape)
         for letter, value in zip("hwb", (hidden, weight, bias), strict=True)
+    )
+
+
+@torch.library.custom_op("prefalign::linear_token_logps_adapter_backward", mutates_args=())
+def adapter_backward_op(
+    grad_logps: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor,
+    entropy: torch.Tensor,
+    low: torch.Tensor,
+    up: torch.Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: str,
+    impl: str,
+    row_chunk: int,
+    vocab_tile: int,
+    budget: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what ``backward_op`` does, and the gradients of ``low`` and ``up`` ("lu")."""
+    return _gradients(
+        grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, logit_scale,
+        softcap, temperature, ignore_index, needs, impl, row_chunk, vocab_tile, budget,
+        Adapter(low, up),
+    )  # fmt: skip
+
+
+@adapter_backward_op.register_fake
+def _(grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, low, up, logit_scale,
+      softcap, temperature, ignore_index, needs, impl, row_chunk, vocab_tile,
+      budget):  # fmt: skip
+    return tuple(
+        hidden.new_empty(0) if letter not in needs else value.new_empty(value.shape)
+        for letter, value in zip("hwblu", (hidden, weight, bias, low, up), strict=True)
     )
 
 
@@ -193,43 +262,52 @@ def _(grad, jacobian, targets, ignore_index):
     return torch.empty_like(jacobian)
 
 
-def which_grads(hidden: bool, weight: bool, bias: bool) -> str:
-    """Return what ``backward_op`` is to compute, as letters of "hwb"."""
-    return "h" * hidden + "w" * weight + "b" * bias
+def which_grads(hidden, weight, bias, low=False, up=False) -> str:
+    """Return what a backward op is to compute, as letters of "hwblu"."""
+    return "h" * hidden + "w" * weight + "b" * bias + "l" * low + "u" * up
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, *ctx.scalars = inputs
-    logps, lse, entropy, mean_logits, is_top1, log_sum_sq_probs, norm, J = output
-    ctx.strategy, ctx.has_bias = inputs[9], bias is not None
+    hidden, weight, targets, bias, *ctx.scalars, low, up = inputs
+    logps, lse, entropy, mean_logits, is_top1, log_sum_sq_probs, norm, J, J_low = output
+    ctx.strategy = inputs[9]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, mean_logits, is_top1, log_sum_sq_probs, norm, J)
+    ctx.mark_non_differentiable(lse, mean_logits, is_top1, log_sum_sq_probs, norm, J, J_low)
     has_entropy = "entropy" in inputs[8].split(",")
     if not has_entropy:
         ctx.mark_non_differentiable(entropy)
     if ctx.strategy == "recompute" or has_entropy:
-        ctx.save_for_backward(hidden, weight, targets, bias, norm, entropy, J)
+        ctx.save_for_backward(hidden, weight, targets, bias, norm, entropy, J, J_low, low, up)
     else:
-        ctx.save_for_backward(None, None, targets, None, None, None, J)
+        ctx.save_for_backward(None, None, targets, None, None, None, J, J_low, None, None)
 
 
 def _backward(ctx, grad_logps, _lse, grad_entropy, *_others):
-    hidden, weight, targets, bias, norm, entropy, J = ctx.saved_tensors
+    hidden, weight, targets, bias, norm, entropy, J, J_low, low, up = ctx.saved_tensors
     logit_scale, softcap, temperature, ignore_index, _, strategy, impl, *tiles = ctx.scalars
-    need_h, need_w, _, need_b = ctx.needs_input_grad[:4]
-    none = (None,) * (len(ctx.needs_input_grad) - 4)
+    need_h, need_w, _, need_b, *_ = ctx.needs_input_grad
+    need_low, need_up = ctx.needs_input_grad[-2:]
+    none = (None,) * len(ctx.scalars)
     if grad_logps is None and grad_entropy is None:
-        return None, None, None, None, *none
+        return None, None, None, None, *none, None, None
     if strategy == "row_jacobian" and grad_entropy is None:
-        return scale_rows_op(grad_logps, J, targets, ignore_index), None, None, None, *none
+        dh, dlow = (
+            scale_rows_op(grad_logps, x, targets, ignore_index) if need else None
+            for x, need in ((J, need_h), (J_low, need_low))
+        )
+        return dh, None, None, None, *none, dlow, None
     if strategy == "forward":
         raise RuntimeError("linear_token_logps: the plan's strategy 'forward' has no backward")
-    needs = which_grads(need_h, need_w, need_b)
-    dh, dw, db = backward_op(
-        grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy, logit_scale,
-        softcap, temperature, ignore_index, needs, impl, *tiles,
-    )  # fmt: skip
-    return dh if need_h else None, dw if need_w else None, None, db if need_b else None, *none
+    given = (grad_logps, grad_entropy, hidden, weight, targets, bias, norm, entropy)
+    needs = which_grads(need_h, need_w, need_b, need_low, need_up)
+    rest = (logit_scale, softcap, temperature, ignore_index, needs, impl, *tiles)
+    if low is None:
+        grads = backward_op(*given, *rest)
+    else:
+        grads = adapter_backward_op(*given, low, up, *rest)
+    found = dict(zip("hwblu", grads, strict=False))
+    dh, dw, db, dlow, dup = (found[x] if x in needs else None for x in "hwblu")
+    return dh, dw, None, db, *none, dlow, dup
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -276,11 +354,17 @@ def autocast(hidden: torch.Tensor, *others: torch.Tensor | None) -> list[torch.T
     return [x if x is None else x.to(dtype) for x in (hidden, *others)]
 
 
-def choose_strategy(plan: HeadPlan | None, hidden, weight, bias) -> tuple[str, list[int]]:
+def choose_strategy(
+    plan: HeadPlan | None, hidden, weight, bias, adapter: HeadAdapter | None = None
+) -> tuple[str, list[int]]:
     """Return (strategy, [row_chunk, vocab_tile, budget]) from what needs grad, or ``plan``."""
     grad = torch.is_grad_enabled()
-    hidden_grad = grad and hidden.requires_grad
-    weight_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    rows, entries = [hidden], [weight, bias]
+    if adapter is not None:
+        rows.append(adapter.a)
+        entries.append(adapter.b)
+    hidden_grad = grad and any(x.requires_grad for x in rows)
+    weight_grad = grad and any(x is not None and x.requires_grad for x in entries)
     strategy = head_strategy(hidden_grad, weight_grad)
     if plan is None:
         return strategy, [0, 0, 0]
@@ -309,6 +393,7 @@ def linear_token_logps(
     targets: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    adapter: HeadAdapter | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -321,7 +406,10 @@ def linear_token_logps(
 
     Equivalent PyTorch::
 
-        u = logit_scale * F.linear(hidden, weight, bias)
+        u = F.linear(hidden, weight, bias)
+        if adapter is not None:
+            u = u + F.linear(F.linear(hidden, adapter.a), adapter.b) * adapter.scaling
+        u = logit_scale * u
         z = (u if softcap is None else softcap * torch.tanh(u / softcap)) / temperature
         logps = z.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         logps = logps.masked_fill(targets == ignore_index, 0)
@@ -332,6 +420,8 @@ def linear_token_logps(
         weight: [V, D], the dtype of ``hidden``; the head's weight.
         targets: [...], int64 (or int32); the token to score, or ``ignore_index``.
         bias: [V], any float dtype, or None.
+        adapter: a ``HeadAdapter(a, b, scaling)``, LoRA on ``weight``, or None; what PEFT adds to
+            the head's output, in float32.
         logit_scale: factor on the logits (Cohere; Granite's ``1 / logits_scaling``); default 1.
         softcap: Gemma-2's cap on the logits, above 0, or None.
         temperature: divides the logits, after the cap; above 0, default 1.
@@ -368,21 +458,28 @@ def linear_token_logps(
     softmax of Milakov & Gimelshein (2018).
     """
     names = check_outputs(outputs, OUTPUTS)
-    hidden, weight = autocast(hidden, weight)
+    a, b = adapter[:2] if isinstance(adapter, HeadAdapter) else (None, None)
+    hidden, weight, a, b = autocast(hidden, weight, a, b)
     head = check_head(
         hidden, weight, targets, bias, logit_scale, softcap, temperature, ignore_index
     )
+    if adapter is not None:
+        adapter = check_adapter(adapter, a, b, hidden, weight)
     targets = targets.long()
     impl = resolve_impl(impl, hidden.device, hidden.dtype)
-    strategy, tiles = choose_strategy(plan, hidden, weight, bias)
+    strategy, tiles = choose_strategy(plan, hidden, weight, bias, adapter)
     if impl == "reference":
         if not torch.compiler.is_compiling():
             check_labels("targets", targets, weight.shape[0], ignore_index)
-        out = reference_linear_token_logps(hidden, weight, targets, bias, head, ignore_index)
+        out = reference_linear_token_logps(
+            hidden, weight, targets, bias, head, ignore_index, adapter
+        )
     else:
-        *stats, _, _ = _op(
-            hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1).contiguous(), bias,
-            *head, ignore_index, ",".join(names), strategy, impl, *tiles,
+        rows, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()
+        low, up = (None, None) if adapter is None else project(rows, adapter, y, ignore_index)
+        *stats, _, _, _ = _op(
+            rows, weight, y, bias, *head, ignore_index, ",".join(names), strategy, impl, *tiles,
+            low, up,
         )  # fmt: skip
         out = TokenLogps(
             *(x.view(targets.shape) if name in ("logps", *names) else None

@@ -79,7 +79,7 @@ def _op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     check_labels("targets", targets, weight.shape[0], ignore_index)
     rows, tile, _ = plan_tiles(hidden, weight.shape[0], row_chunk, vocab_tile, budget)
-    stats, norm, J = IMPLEMENTATIONS[impl].forward(
+    stats, norm, J, _ = IMPLEMENTATIONS[impl].forward(
         hidden, weight, targets, bias, Head(logit_scale, softcap, temperature), ignore_index, (),
         strategy == "row_jacobian", rows, tile,
         Reference(ref_hidden, ref_weight, ref_bias, extrapolation),

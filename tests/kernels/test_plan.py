@@ -57,9 +57,54 @@ def test_prints_as_a_table():
     assert len(text.splitlines()) == 7
 
 
-@pytest.mark.parametrize(("change", "name"), [({"V": 0}, "V"), ({"N": -1}, "N"), ({"D": 1.5}, "D")])
-def test_bad_sizes_are_named(change, name):
-    with pytest.raises(ValueError, match=name):
-        plan_head(**({"N": 4, "V": 4, "D": 4} | change))
-    with pytest.raises(ValueError, match="workspace_bytes"):
-        plan_head(4, 4, 4, workspace_bytes=0)
+@pytest.mark.parametrize(
+    ("needs", "strategy", "flops"),
+    [
+        ({"hidden_grad": False}, "forward", 1.25),
+        ({}, "row_jacobian", 2.5),
+        ({"adapter_grad": True}, "recompute", 1.25 + 2.5 + 0.25),
+        ({"hidden_grad": False, "adapter_grad": True}, "recompute", 1.25 + 1.25 + 0.25),
+        ({"adapter_grad": True, "weight_grad": True}, "recompute", 1.25 + 2.5 + 1.25),
+    ],
+)
+def test_an_adapter_adds_its_share_of_each_product(needs, strategy, flops):
+    plan = plan_head(1024, 64000, 64, adapter_rank=16, **needs)
+    assert (plan.strategy, plan.flops) == (strategy, flops)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_workspace_of_an_adapter_fits_the_budget(dtype, device):
+    for N, rank in itertools.product((1, 1024), (1, 16, 256)):
+        tiles = head_tiles(N, 64000, 896, dtype, device, 16 * MIB, rank)
+        assert tile_bytes(*tiles, 896, dtype, device, rank) <= 16 * MIB
+        assert tile_bytes(*tiles, 896, dtype, device, rank) > tile_bytes(*tiles, 896, dtype, device)
+
+
+WRONG = {
+    "N": [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("4", TypeError)],
+    "V": [(0, ValueError), (4.0, TypeError), (True, TypeError), (None, TypeError)],
+    "D": [(0, ValueError), (1.5, TypeError), (False, TypeError)],
+    "adapter_rank": [(-1, ValueError), (1.0, TypeError), (True, TypeError)],
+    "adapter_grad": [(True, ValueError), (1, TypeError)],
+    "hidden_grad": [(1, TypeError), (None, TypeError)],
+    "weight_grad": [("yes", TypeError)],
+    "entropy_grad": [(0, TypeError)],
+    "workspace_bytes": [
+        (0, ValueError), (-5, ValueError), (2.5, TypeError), (True, TypeError), ("1", TypeError)
+    ],
+    "dtype": [
+        (torch.int64, ValueError), (torch.bool, ValueError), (torch.complex64, ValueError),
+        ("float32", TypeError), (float, TypeError), (None, TypeError),
+    ],
+    "device": [("gpu", ValueError), ("cuda:x", ValueError), (None, TypeError), (0, TypeError)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [(name, value, error) for name, cases in WRONG.items() for value, error in cases],
+)
+def test_every_wrong_argument_is_named(name, value, error):
+    with pytest.raises(error, match=f"^{name}: expected"):
+        plan_head(**({"N": 4, "V": 4, "D": 4} | {name: value}))
