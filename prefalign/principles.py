@@ -117,6 +117,7 @@ def tokenize_guided(
     *,
     max_length: int = 2048,
     max_prompt_length: int | None = 1024,
+    max_guided_length: int | None = None,
     source: str | None = None,
 ) -> Dataset:
     """Tokenise prompts twice: as they are, and guided by the principles.
@@ -128,9 +129,10 @@ def tokenize_guided(
         dataset: ``prompt``, as :func:`~prefalign.data.load_prompts` returns it.
         tokenizer: The model's. Conversations need its chat template.
         principles: The principles.
-        max_length: Most tokens in a prompt and its response together; a guided prompt, too, has to
-            leave room below it.
+        max_length: Most tokens in a prompt and its response together, without the principles.
         max_prompt_length: Most tokens in a prompt, without the principles; None cuts no prompt.
+        max_guided_length: Most tokens in a guided prompt: the model's context less what it may
+            generate. None for no limit.
         source: The dataset's name, for messages.
 
     Returns:
@@ -138,8 +140,8 @@ def tokenize_guided(
         :func:`~prefalign.tokenization.tokenize_prompts` makes them, and ``guided_ids`` added.
 
     Raises:
-        DataError: As :func:`~prefalign.tokenization.tokenize_prompts`, or a guided prompt of
-            ``max_length`` tokens or more.
+        DataError: As :func:`~prefalign.tokenization.tokenize_prompts`, or a guided prompt of more
+            than ``max_guided_length`` tokens.
     """
     limits: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     plain = tokenize_prompts(dataset, tokenizer, **limits, source=source)
@@ -172,10 +174,10 @@ def tokenize_guided(
         if index in wholes:
             whole, other = wholes[index]
             ids = _cut_alike(ids, whole, other, kept_ids[index], own)
-        if len(ids) >= max_length:
+        if max_guided_length is not None and len(ids) > max_guided_length:
             raise Place(row.get("file", source), row.get("row", index + 1)).error(
-                f"{len(ids)} tokens with the principles fill max_length={max_length} and leave no "
-                "room for a response",
+                f"{len(ids)} tokens with the principles, and there is room for {max_guided_length}"
+                "; use shorter principles, or cut prompts (max_prompt_length)",
                 "prompt",
             )
         return {"prompt_ids": ids}

@@ -238,21 +238,27 @@ def test_a_cut_conversation_keeps_the_principles(prompt, template, length, plain
     assert TEXT in tokenizer.decode(rows[1]["guided_ids"])
 
 
-def test_a_guided_prompt_that_leaves_no_room_names_its_row(tmp_path):
+def test_a_guided_prompt_that_is_too_long_names_its_row(tmp_path):
     tokenizer = byte_tokenizer()
-    message = "58 tokens with the principles fill max_length=58 and leave no room for a response"
+    message = (
+        "58 tokens with the principles, and there is room for 57; use shorter principles, or cut "
+        "prompts (max_prompt_length)"
+    )
     rows = [{"prompt": "abc"}, "", {"prompt": "abcdefghi"}]
     write(tmp_path / "b.jsonl", rows[0])
     source = write(tmp_path / "c.jsonl", *rows)
     for name in (source, str(tmp_path)):
         loaded = load_prompts(name)
         with pytest.raises(DataError) as caught:
-            tokenize_guided(loaded, tokenizer, TWO, max_length=58, source=name)
+            tokenize_guided(loaded, tokenizer, TWO, max_guided_length=57, source=name)
         assert str(caught.value) == f"{source}, row 3, field 'prompt': {message}"
-        kept = tokenize_guided(loaded, tokenizer, TWO, max_length=59, source=name)
+        # Longer than max_length, which is about what is trained on.
+        kept = tokenize_guided(
+            loaded, tokenizer, TWO, max_length=20, max_guided_length=58, source=name
+        )
         assert set(loaded.column_names) < set(kept.column_names)
     with pytest.raises(DataError, match="^a, row 2, field 'prompt': 58 tokens with"):
-        tokenized(["abc", "abcdefghi"], tokenizer, max_length=58, source="a")
+        tokenized(["abc", "abcdefghi"], tokenizer, max_guided_length=57, source="a")
     # A prompt that is too long by itself is the plain prompt's error.
     with pytest.raises(DataError, match="row 1, field 'prompt': 60 tokens fill max_length=58 and"):
         tokenized(["a" * 60], tokenizer, max_length=58)
