@@ -267,7 +267,7 @@ def linear_preference_loss(
     Returns:
         ``PreferenceLoss(losses, chosen_rewards, rejected_rewards)`` (for ``"noise_aware"`` a
         ``NoiseAwareLoss``, with ``is_noisy`` and ``confidences``), [B] each, the losses [] with
-        ``"mean"``; float32 (float64 for float64 inputs). Only the losses are differentiable, once,
+        ``"mean"``; float32 (float64 if ``hidden`` is). Only the losses are differentiable, once,
         in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
@@ -308,6 +308,7 @@ def linear_preference_loss(
             f"{'no ref_hidden' if ref_hidden is None else 'ref_hidden'}"
         )
     impl = resolve_impl(impl, hidden.device, hidden.dtype)
+    ref_logps, weights = (x if x is None else x.to(dtype) for x in (ref_logps, weights))
     if ref_weight is None and ref_bias is None and ref_hidden is not None:
         ref_bias = bias
     strategy, tiles = choose_strategy(plan, hidden, weight, bias)

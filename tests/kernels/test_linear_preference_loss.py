@@ -355,6 +355,17 @@ def test_float64_is_float64(device):
             torch.testing.assert_close(value, b[name], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_float64_constants_do_not_change_the_dtype(reduction, impl, device):
+    # Log-probs of a reference that come out of a table are easily float64; the head is not.
+    given = example(device)
+    found = run(given, impl=impl, reduction=reduction, weighted=True)
+    wide = given | {name: given[name].double() for name in ("ref_logps", "weights")}
+    for name, value in run(wide, impl=impl, reduction=reduction, weighted=True).items():
+        assert torch.equal(value, found[name]) and value.dtype == torch.float32, name
+
+
 BAD = {
     "ref_logps, ref_hidden: expected exactly one of them, got neither": {"ref_logps": None},
     "ref_logps, ref_hidden: expected exactly one of them, got both": {
