@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import causal_lm, generation_attention, packed_inputs, unwrap, uses_packed_attention
 from .errors import ModelError
+from .kernels.head_adapter import HeadAdapter
 from .kernels.linear_token_logps import linear_token_logps
 from .kernels.sequence_logps import sequence_logps
 from .loading import check_finite, first_line, load_model, load_tokenizer
@@ -34,6 +35,7 @@ __all__ = [
     "load_tokenizer",
     "read_head",
     "reference_of",
+    "refuse_head_adapter",
     "response_token_logps",
     "score",
     "snapshot_reference",
@@ -55,24 +57,29 @@ _DIVISOR_IS_FACTOR = {"hyperclovax"}
 class Head:
     """What turns a hidden state h into logits: ``cap(logit_scale * (weight h + bias))``.
 
+    With an adapter, its ``scaling * b (a h)`` is added to the weight's product.
+
     Attributes:
         weight: ``[V, D]``, the model's own parameter: gradients flow to it.
         bias: ``[V]`` or None.
         logit_scale: The factor before the cap.
         softcap: z becomes ``softcap * tanh(z / softcap)``, or None.
+        adapter: PEFT's LoRA on the head, its own parameters, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+    adapter: HeadAdapter | None = None
 
 
 def read_head(model: nn.Module) -> Head:
     """Return ``model``'s output head; with FSDP2, call it after the forward pass.
 
     Raises:
-        ModelError: The head is missing, quantised, LoRA-wrapped, sharded or not on a device.
+        ModelError: The head is missing, quantised, sharded or not on a device, or has an adapter
+            other than one plain LoRA.
     """
     lm = causal_lm(model)
     name = type(lm).__name__
@@ -80,10 +87,11 @@ def read_head(model: nn.Module) -> Head:
     layer = _saved_module(get_head())
     if layer is None:
         raise ModelError(f"{name} has no output head")
+    layer, adapter = _without_lora(layer, name)
     if not (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward):
         raise ModelError(
             f"{name}'s output head is a {type(layer).__module__}.{type(layer).__name__}, expected "
-            "a plain torch.nn.Linear: leave it out of quantisation and of LoRA's target modules"
+            "a plain torch.nn.Linear, or PEFT's LoRA on one: leave it out of quantisation"
         )
     weight, bias = _whole(layer.weight), None if layer.bias is None else _whole(layer.bias)
     if weight.device.type == "meta" or weight.ndim != 2 or not weight.numel():
@@ -100,17 +108,67 @@ def read_head(model: nn.Module) -> Head:
         if (divisor := getattr(config, field, None)) is not None:
             scale *= divisor if config.model_type in _DIVISOR_IS_FACTOR else 1 / divisor
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, float(scale), None if not softcap else float(softcap))
+    return Head(weight, bias, float(scale), None if not softcap else float(softcap), adapter)
 
 
 def head_arguments(head: Head, hidden: Tensor) -> dict[str, Any]:
-    """Return ``head`` as keyword arguments of the fused ops, the weight in ``hidden``'s dtype."""
-    return {
+    """Return ``head`` as keyword arguments of the fused ops, the weight in ``hidden``'s dtype.
+
+    ``adapter`` is among them where there is one: ``linear_token_logps`` takes it.
+    """
+    adapter = {} if head.adapter is None else {"adapter": head.adapter}
+    return adapter | {
         "weight": head.weight.to(hidden.dtype),
         "bias": head.bias,
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,
     }
+
+
+def refuse_head_adapter(model: nn.Module, user: str) -> None:
+    """Refuse a model whose head has LoRA, active or not, on behalf of ``user``, which takes none.
+
+    Raises:
+        ModelError: It has.
+    """
+    lm = causal_lm(model)
+    if hasattr(_saved_module(lm.get_output_embeddings()), "lora_A"):
+        raise ModelError(
+            f"{type(lm).__name__}'s output head has a LoRA adapter, which {user} cannot use: leave "
+            "it out of LoRA's target modules"
+        )
+
+
+def _without_lora(layer: nn.Module, name: str) -> tuple[nn.Module, HeadAdapter | None]:
+    """Return the layer under PEFT's LoRA, and its one active adapter if that is switched on."""
+    try:
+        from peft.tuners.lora.layer import Linear as LoraLinear
+    except ImportError:
+        return layer, None
+    if type(layer) is not LoraLinear:
+        return layer, None
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its own forward pass does
+    active = [x for x in layer.active_adapters if x in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not active:
+        return layer.base_layer, None
+    refused = {
+        f"{len(active)} active adapters ({', '.join(active)})": len(active) > 1,
+        "a variant of LoRA, such as DoRA": any(x in layer.lora_variant for x in active),
+        "a bias in its LoRA": any(layer.lora_bias.get(x) for x in active),
+        "dropout in its LoRA while training": any(
+            layer.lora_dropout[x].training and getattr(layer.lora_dropout[x], "p", 0) > 0
+            for x in active
+        ),
+    }
+    for what, there in refused.items():
+        if there:
+            raise ModelError(
+                f"{name}'s output head has {what}, expected one plain LoRA adapter without "
+                "dropout: change that, or leave the head out of LoRA's target modules"
+            )
+    a, b = (_whole(factors[active[0]].weight) for factors in (layer.lora_A, layer.lora_B))
+    return layer.base_layer, HeadAdapter(a, b, float(layer.scaling[active[0]]))
 
 
 def _saved_module(layer: Any) -> Any:

@@ -21,6 +21,7 @@ from prefalign.models import (
     load_tokenizer,
     read_head,
     reference_of,
+    refuse_head_adapter,
     response_token_logps,
     score,
     snapshot_reference,
@@ -210,11 +211,6 @@ def test_refuses_heads_it_cannot_read():
     model.lm_head = Scaled(32, VOCAB, bias=False)
     with pytest.raises(ModelError, match="Scaled"):
         read_head(model)
-    wrapped = get_peft_model(
-        tiny_model("qwen2"), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], r=2)
-    )
-    with pytest.raises(ModelError, match="peft.*lora"):
-        read_head(wrapped)
     with pytest.raises(ModelError, match="no output head"):
         read_head(nn.Linear(2, 2))
 
@@ -229,6 +225,118 @@ def test_a_head_that_peft_trains_whole_is_followed():
     assert read_head(model).weight.requires_grad
     with reference_of(model).use() as reference:
         assert read_head(reference).weight is original
+
+
+# LoRA on the head
+
+
+def head_lora(name, dtype=torch.float32, *, r=3, **changes):
+    """Return a model with trained LoRA on its head and on an inner layer."""
+    torch.manual_seed(1)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], r=r, lora_alpha=2 * r,
+        **changes,
+    )  # fmt: skip
+    model = get_peft_model(packed_model(name, dtype), config, autocast_adapter_dtype=False)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
+def test_lora_on_the_head_equals_the_models_own_logits_and_gradients(name, float64_throughout):
+    model = head_lora(name, torch.float64)
+    head = read_head(model)
+    assert head.adapter.a.shape == (3, 32) and head.adapter.scaling == 2.0
+    groups = some_groups()
+    fused = response_token_logps(model, pack(groups), through_wrapper=True)
+    own = own_logps(model, groups)
+    tolerance = 1e-5 if name.startswith("gemma") else 1e-10  # its eager softmax is in float32
+    torch.testing.assert_close(fused, own, rtol=0, atol=tolerance)
+    ours, theirs = gradients(model, fused), gradients(model, own)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    for which in ("lm_head.lora_A", "lm_head.lora_B", "q_proj.lora_A"):
+        assert any(which in n and g.any() for n, g in zip(names, ours, strict=True))
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_head_accepts_lora_on_a_head_tied_to_the_embedding(dtype):
+    model = head_lora("gemma2", dtype)
+    base = model.get_base_model()
+    assert read_head(model).weight is base.get_input_embeddings().weight
+    assert verify_head(model.train()) < 0.2
+    base.lm_head.lora_B.float()  # PEFT's own default on a 16-bit model
+    base.lm_head.lora_A.float()
+    assert verify_head(model) < 0.2
+
+
+def test_references_follow_lora_on_the_head():
+    model = head_lora("qwen2")
+    groups, batch = some_groups(), pack(some_groups())
+    with torch.no_grad():
+        policy = response_token_logps(model, batch)
+        snapshot = snapshot_reference(model)
+        for parameter in (read_head(model).adapter.a, read_head(model).adapter.b):
+            parameter += 0.5
+        assert not torch.equal(response_token_logps(model, batch), policy)
+        with snapshot.use() as reference:
+            assert torch.equal(response_token_logps(reference, batch), policy)
+        with reference_of(model).use() as reference:
+            assert read_head(reference).adapter is None
+            off, own = response_token_logps(reference, batch), own_logps(reference, groups)
+            torch.testing.assert_close(off, own, rtol=0, atol=4e-6)
+        moved = response_token_logps(model, batch)
+        torch.testing.assert_close(moved, own_logps(model, groups), rtol=0, atol=4e-6)
+
+
+def test_a_merged_head_is_read_as_it_is():
+    model = head_lora("qwen2")
+    batch = pack(some_groups())
+    with torch.no_grad():
+        before = response_token_logps(model, batch)
+        model.merge_adapter()
+        assert read_head(model).adapter is None
+        merged = response_token_logps(model, batch)
+        torch.testing.assert_close(merged, before, rtol=0, atol=1e-5)
+        with reference_of(model).use() as reference:
+            read_head(reference)
+        assert not model.get_base_model().lm_head.merged
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"use_dora": True}, "variant of LoRA, such as DoRA"),
+        ({"lora_bias": True}, "bias in its LoRA"),
+        ({"lora_dropout": 0.1}, "dropout in its LoRA while training"),
+    ],
+)
+def test_refuses_other_adapters_of_the_head(changes, text):
+    model = head_lora("llama", **changes).train()
+    with pytest.raises(ModelError, match=text):
+        read_head(model)
+    if "lora_dropout" in changes:
+        assert read_head(model.eval()).adapter is not None
+
+
+def test_refuses_two_active_adapters_of_the_head():
+    model = head_lora("llama")
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ModelError, match=r"2 active adapters \(default, other\)"):
+        read_head(model)
+
+
+def test_refuses_a_head_adapter_for_what_cannot_use_it():
+    model = head_lora("llama")
+    with pytest.raises(ModelError, match="LoRA adapter, which the test cannot use"):
+        refuse_head_adapter(model, "the test")
+    with reference_of(model).use(), pytest.raises(ModelError):  # switched off, but there
+        refuse_head_adapter(model, "the test")
+    refuse_head_adapter(model.unload(), "the test")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
