@@ -227,6 +227,12 @@ def _backward(ctx, grad_losses, *_):
 _enhancement_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
+def check_forms(ranking: str, sft: str) -> None:
+    """Check the names of the two losses' forms."""
+    check_choice("ranking", ranking, tuple(RANKINGS))
+    check_choice("sft", sft, SFT)
+
+
 def check_threshold(value: float | Tensor, like: tuple[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Return a number, infinities among them, as a 0-dim tensor on the device of ``like``."""
     if isinstance(value, Tensor):
@@ -317,8 +323,7 @@ def enhancement_loss(
     like, shape = ("plain_logps", plain_logps), plain_logps.shape
     for name, tensor in {**policy, **rewards}.items():
         check_tensor(name, tensor, shape=shape, like=like, constant=name in rewards)
-    check_choice("ranking", ranking, tuple(RANKINGS))
-    check_choice("sft", sft, SFT)
+    check_forms(ranking, sft)
     needed = needs_lengths(ranking, sft)
     lengths = {"plain_lengths": plain_lengths, "guided_lengths": guided_lengths}
     for name, tensor in lengths.items():

@@ -19,8 +19,8 @@ In a loss of a pair's two sums all tokens of a sequence have one upstream scalar
 both sequences are summed. So gradients can be made in the forward pass, chunk by chunk of whole
 pairs, and scaled in backward by the scalar that comes from above: ``_whole_pairs.py``, with its
 measurements. Where that cannot be or does not pay (a pair alone exceeds the workspace; fewer than
-256 rows a chunk; 16-bit inputs; the noise-aware loss; Triton, still to be written) the cost is 4F:
-``pair_plan.plan_pairs`` says. With the reference's hidden states add 1F.
+256 rows a chunk; 16-bit inputs; the noise-aware loss and PLE's; Triton, still to be written) the
+cost is 4F: ``pair_plan.plan_pairs`` says. With the reference's hidden states add 1F.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from torch.autograd.function import once_differentiable
 from ._common import check_choice, check_labels, check_number, check_tensor, resolve_impl
 from ._linear_chunked import Head
 from ._whole_pairs import whole_pairs
+from .enhancement_head import PLE, check_enhancement, enhancement_head, refuse_enhancement
+from .enhancement_loss import EnhancementLoss
 from .linear_token_logps import (
     autocast,
     backward_op,
@@ -218,10 +220,14 @@ def linear_preference_loss(
     extrapolation: float = 0.0,
     alpha: float | Tensor | None = None,
     threshold: float | Tensor | None = None,
+    rewards: Tensor | None = None,
+    ranking: str | None = None,
+    sft: str | None = None,
+    reward_temperature: float | None = None,
     reduction: str = "none",
     impl: str = "auto",
     plan: HeadPlan | None = None,
-) -> PreferenceLoss | NoiseAwareLoss:
+) -> PreferenceLoss | NoiseAwareLoss | EnhancementLoss:
     """Return the preference loss of packed pairs straight from their hidden states.
 
     Equivalent PyTorch::
@@ -240,7 +246,8 @@ def linear_preference_loss(
             ``cu_seqlens[s]:cu_seqlens[s + 1]``; from 0 to N.
         ref_logps: [2B], float: the reference's summed log-probs. A constant.
         ref_hidden: the shape and dtype of ``hidden``: the reference's hidden states, in place of
-            ``ref_logps``; its log-probs are computed here, without a gradient, at 1F.
+            ``ref_logps``; its log-probs are computed here, without a gradient, at 1F. With
+            ``"ple"`` there is no reference.
         ref_weight: [V, D], the reference's head; None (default): both share ``weight``.
         ref_bias: [V] or None. With a shared head it defaults to ``bias``.
         bias: [V], any float dtype, or None.
@@ -250,14 +257,20 @@ def linear_preference_loss(
         ignore_index: target of rows that do not count: no share in any sum, no gradient, and on a
             CPU no GEMM. (On a GPU, knowing their number would be a host sync: they are computed
             and masked.) Default -100.
-        loss: a name in ``losses.PAIR_LOSSES``, or ``"noise_aware"``. Default ``"sigmoid"``, DPO.
+        loss: a name in ``losses.PAIR_LOSSES``, ``"noise_aware"`` or ``"ple"``. Default
+            ``"sigmoid"``, DPO.
         beta: scale of the margin, per nat. Above 0, default 0.1.
         label_smoothing: probability that a label is flipped, in [0, 0.5]. Default 0.
         weights: [B], float, multiplies the losses. A constant. Default None, all 1.
         extrapolation: SPA's lambda, for ``"noise_aware"``; default 0, where extrapolated and
             policy are one. Any other value needs ``ref_hidden``.
         alpha: as in ``noise_aware_loss``, default 0.1; ``"noise_aware"`` alone takes it.
-        threshold: likewise; ``"noise_aware"`` needs it.
+        threshold: likewise; ``"noise_aware"`` and ``"ple"`` need it, each in its own sense.
+        rewards: [2B], float, of guided and plain responses in turn, for ``"ple"``. It and the
+            next three are as in ``pair_loss_head``.
+        ranking: default ``"mean"``.
+        sft: default ``"mean"``.
+        reward_temperature: divides the rewards, not the logits; default 1.
         reduction: ``"none"``, a loss for each pair, or ``"mean"``, their sum over B (0 where B is
             0; weighted losses are summed, not renormalised). Default ``"none"``.
         impl: ``"auto"`` (Triton on a GPU, else chunked), ``"triton"``, ``"chunked"`` or
@@ -266,9 +279,10 @@ def linear_preference_loss(
 
     Returns:
         ``PreferenceLoss(losses, chosen_rewards, rejected_rewards)`` (for ``"noise_aware"`` a
-        ``NoiseAwareLoss``, with ``is_noisy`` and ``confidences``), [B] each, the losses [] with
-        ``"mean"``; float32 (float64 if ``hidden`` is). Only the losses are differentiable, once,
-        in ``hidden``, ``weight`` and ``bias``.
+        ``NoiseAwareLoss``, with ``is_noisy`` and ``confidences``; for ``"ple"`` an
+        ``EnhancementLoss``), [B] each, the losses [] with ``"mean"``; float32 (float64 if
+        ``hidden`` is). Only the losses are differentiable, once, in ``hidden``, ``weight`` and
+        ``bias``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value, an
@@ -282,7 +296,7 @@ def linear_preference_loss(
     Cost: the table above, plus 1F with ``ref_hidden``. Under ``torch.no_grad`` 1F.
 
     Source: DPO (arXiv 2305.18290, equation 7), whose margin is one scalar for all tokens of a
-    sequence; SPA (arXiv 2406.04412).
+    sequence; SPA (arXiv 2406.04412); PLE (arXiv 2408.02599).
     """
     hidden, weight, ref_hidden, ref_weight = autocast(hidden, weight, ref_hidden, ref_weight)
     check_tensor("hidden", hidden, ndim=2)
@@ -291,12 +305,30 @@ def linear_preference_loss(
     )
     like = ("hidden", hidden)
     pairs = check_pair_bounds(cu_seqlens, like)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    forms = {"ranking": ranking, "sft": sft, "reward_temperature": reward_temperature}
+    if loss == PLE:
+        scalar, *form = check_enhancement(
+            like, pairs, rewards, threshold, **forms, ref_logps=ref_logps, ref_hidden=ref_hidden,
+            ref_weight=ref_weight, ref_bias=ref_bias, weights=weights, alpha=alpha,
+            label_smoothing=label_smoothing or None, extrapolation=extrapolation or None,
+        )  # fmt: skip
+        logps = linear_token_logps(
+            hidden, weight, targets, bias=bias, logit_scale=head.scale, softcap=head.softcap,
+            temperature=head.temperature, ignore_index=ignore_index, impl=impl, plan=plan,
+        )  # fmt: skip
+        found = enhancement_head(
+            logps, rewards.to(dtype), targets != ignore_index, cu_seqlens, scalar.to(dtype), *form,
+            impl,
+        )  # fmt: skip
+        losses = found.losses if reduction == "none" else found.losses.sum() / max(1, pairs)
+        return EnhancementLoss(losses, found.is_ranked, found.weights)
+    refuse_enhancement(rewards=rewards, **forms)
     _check_reference(hidden, weight, ref_logps, ref_hidden, ref_weight, ref_bias, pairs)
     if weights is not None:
         check_tensor("weights", weights, shape=(pairs,), like=like, constant=True)
-    check_choice("reduction", reduction, REDUCTIONS)
     beta = check_number("beta", beta, above=0)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     label_smoothing, alpha, threshold = check_loss(
         loss, label_smoothing, alpha, threshold, like, dtype
     )

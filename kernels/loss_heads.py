@@ -13,6 +13,8 @@ and 0 where masked. For a loss of the margin that is, with
     losses[b] = weights[b] * l(beta * margins[b])
     slopes[2b] = weights[b] * beta * l'(beta * margins[b]) = -slopes[2b + 1]
 
+PLE's loss needs rewards in place of a reference, and is in ``enhancement_head.py``.
+
 Shapes: ``token_logps`` is ``[N]``, ``cu_seqlens`` ``[2B + 1]``. A program has one pair. The forward
 pass reads 4 bytes a token (8 with the reference's tokens, 12 with the extrapolated ones, 1 more
 with a mask), adds as often, and writes about 52 bytes a pair; the backward pass writes 4 bytes a
@@ -42,6 +44,7 @@ from ._common import (
     resolve_impl,
 )
 from ._pair_losses import check_scalar
+from .enhancement_head import PLE, check_enhancement, enhancement_head, refuse_enhancement
 from .losses import PAIR_LOSSES, margins_of, pair_values, per_token, sequence_sums, sides
 from .sequence_logps import _check_spans, sequence_logps_reference
 
@@ -52,7 +55,8 @@ class PairLosses(NamedTuple):
     """Losses of B pairs, differentiable in the token log-probs, and detached statistics.
 
     ``margins`` are in nats, the rewards scaled by beta; ``sums`` and ``counts`` are of the 2B
-    sequences. The last two are None unless the loss is ``"noise_aware"``.
+    sequences. Of the last four, two are None unless the loss is ``"noise_aware"`` and two unless
+    it is ``"ple"``, whose rewards are those given and whose margins have no reference.
     """
 
     losses: Tensor
@@ -63,6 +67,8 @@ class PairLosses(NamedTuple):
     counts: Tensor
     is_noisy: Tensor | None = None
     confidences: Tensor | None = None
+    is_ranked: Tensor | None = None
+    sft_weights: Tensor | None = None
 
 
 def pair_loss_head_reference(
@@ -251,7 +257,7 @@ def check_pair_bounds(cu_seqlens: Tensor, like: tuple[str, Tensor]) -> int:
 
 def check_loss(loss, label_smoothing, alpha, threshold, like, dtype):
     """Check what a loss takes; return (label_smoothing, alpha, threshold), the last two tensors."""
-    check_choice("loss", loss, (*PAIR_LOSSES, NOISE_AWARE))
+    check_choice("loss", loss, (*PAIR_LOSSES, NOISE_AWARE, PLE))
     label_smoothing = check_number("label_smoothing", label_smoothing, low=0, high=0.5)
     if loss == NOISE_AWARE:
         if label_smoothing:
@@ -286,6 +292,10 @@ def pair_loss_head(
     alpha: float | Tensor | None = None,
     threshold: float | Tensor | None = None,
     weights: Tensor | None = None,
+    rewards: Tensor | None = None,
+    ranking: str | None = None,
+    sft: str | None = None,
+    reward_temperature: float | None = None,
     impl: str = "auto",
 ) -> PairLosses:
     """Return the preference loss of each pair from the log-probs of its tokens.
@@ -299,6 +309,8 @@ def pair_loss_head(
 
     With ``loss="noise_aware"`` the smoothing of a pair is ``alpha`` where
     ``sigmoid(beta * margin) < threshold`` for the margin of ``extrapolated_token_logps``, else 0.
+    With ``loss="ple"`` it is ``enhancement_loss`` of the sums and counts: the chosen sequence of a
+    pair is the guided response, the rejected one the plain response.
 
     Args:
         token_logps: ``[N]``, any float dtype and stride: log-prob of each token of the responses,
@@ -308,24 +320,32 @@ def pair_loss_head(
             ``cu_seqlens[s]:cu_seqlens[s + 1]``. From 0 to N, checked on a CPU only.
         ref_logps: ``[2B]``, float: the sums under the reference model. A constant: one that
             requires grad is refused. So are all that follow.
-        ref_token_logps: ``[N]``, float: its tokens, summed here. Exactly one of the two.
+        ref_token_logps: ``[N]``, float: its tokens, summed here. Exactly one of the two, and
+            neither with ``"ple"``.
         extrapolated_token_logps: ``[N]``, float: for ``"noise_aware"`` alone, which needs it.
         mask: ``[N]``, bool or integer, 0 where a token does not count: it may hold NaN, and its
             gradient is exactly 0. Default None: every token counts.
-        loss: a name in ``losses.PAIR_LOSSES``, or ``"noise_aware"``. Default ``"sigmoid"``, DPO.
-        beta: scale of the margin, per nat. Above 0, default 0.1.
+        loss: a name in ``losses.PAIR_LOSSES``, ``"noise_aware"`` or ``"ple"``. Default
+            ``"sigmoid"``, DPO.
+        beta: scale of the margin, per nat. Above 0, default 0.1. ``"ple"`` has none.
         label_smoothing: probability that a label is flipped, in [0, 0.5]. Default 0; must be 0
             with ``"noise_aware"``.
         alpha: label smoothing of noisy pairs, in [0, 1]: a number, or a 0-dim tensor on the device
             whose value is not checked. Default 0.1. ``"noise_aware"`` alone takes it.
         threshold: a pair is noisy when its confidence is strictly below; in [0, 1], likewise.
-        weights: ``[B]``, float, multiplies the losses. Default None, all 1.
+            With ``"ple"`` any number: a pair is ranked when its reward gap is strictly above.
+        weights: ``[B]``, float, multiplies the losses. Default None, all 1; ``"ple"`` takes none.
+        rewards: ``[2B]``, float, by sequence: for ``"ple"``, which needs them and alone takes them.
+        ranking: as in ``enhancement_loss``, default ``"mean"``; ``"ple"`` alone takes it.
+        sft: likewise.
+        reward_temperature: its ``temperature``, default 1; likewise.
         impl: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"``. Default ``"auto"``. The
             last two read ``cu_seqlens`` on the host: on a GPU, a sync.
 
     Returns:
         ``PairLosses``: losses, chosen and rejected rewards (times beta) and margins (nats) ``[B]``,
-        sums and counts ``[2B]``; ``is_noisy`` and ``confidences`` ``[B]``, or None. float32
+        sums and counts ``[2B]``; ``is_noisy`` and ``confidences`` ``[B]``, or None; ``is_ranked``
+        ``[B]`` and ``sft_weights`` ``[B, 2]`` (of the plain and the guided), or None. float32
         (float64 if an input is; the inputs' dtype from the reference), counts int64. Only the
         losses are differentiable, once, in ``token_logps``.
 
@@ -341,11 +361,24 @@ def pair_loss_head(
 
     Source:
         DPO: Rafailov et al., arXiv 2305.18290, equation 7. Noise-aware: SPA, Kim et al., arXiv
-        2406.04412, equations 11 and 12.
+        2406.04412, equations 11 and 12. PLE: Liu et al., arXiv 2408.02599.
     """
     check_tensor("token_logps", token_logps, ndim=1)
     like = ("token_logps", token_logps)
     pairs = check_pair_bounds(cu_seqlens, like)
+    forms = {"ranking": ranking, "sft": sft, "reward_temperature": reward_temperature}
+    if loss == PLE:
+        ple = check_enhancement(
+            like, pairs, rewards, threshold, **forms, ref_logps=ref_logps,
+            ref_token_logps=ref_token_logps, extrapolated_token_logps=extrapolated_token_logps,
+            alpha=alpha, label_smoothing=label_smoothing or None, weights=weights,
+        )  # fmt: skip
+        mask = _check_mask(mask, token_logps)
+        found = enhancement_head(token_logps, rewards, mask, cu_seqlens, *ple, impl)
+        losses, is_ranked, sft_weights, *others = found
+        own = (rewards[0::2], rewards[1::2])
+        return PairLosses(losses, *own, *others, None, None, is_ranked, sft_weights)
+    refuse_enhancement(rewards=rewards, **forms)
     if (ref_logps is None) == (ref_token_logps is None):
         got = "neither" if ref_logps is None else "both"
         raise ValueError(f"ref_logps, ref_token_logps: expected exactly one of them, got {got}")
@@ -358,9 +391,7 @@ def pair_loss_head(
     ):
         if value is not None:
             check_tensor(name, value, shape=size, like=like, constant=True)
-    if mask is not None:
-        check_tensor("mask", mask, dtypes=(torch.bool, *INTEGERS), shape=shape, like=like)
-        mask = mask if mask.dtype == torch.bool else mask != 0
+    mask = _check_mask(mask, token_logps)
     beta = check_number("beta", beta, above=0)
     ref = ref_token_logps if ref_logps is None else ref_logps
     dtype = compute_dtype(token_logps, ref, extrapolated_token_logps, weights)
@@ -388,3 +419,11 @@ def pair_loss_head(
         ref_logps is None, loss, beta, label_smoothing, impl,
     )  # fmt: skip
     return PairLosses(*outputs, *((is_noisy, confidences) if loss == NOISE_AWARE else ()))
+
+
+def _check_mask(mask: Tensor | None, token_logps: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    like, dtypes = ("token_logps", token_logps), (torch.bool, *INTEGERS)
+    check_tensor("mask", mask, dtypes=dtypes, shape=token_logps.shape, like=like)
+    return mask if mask.dtype == torch.bool else mask != 0
