@@ -40,17 +40,27 @@ def _fold(z, valid, hit, m, s, zy, total, t, q, EXTRAS: tl.constexpr):
 
 
 @jit
+def _part(x, i):
+    """Return part ``i`` of the three bfloat16 numbers that add up to float32 ``x``."""
+    rest = x - x.to(tl.bfloat16).to(tl.float32)
+    last = rest - rest.to(tl.bfloat16).to(tl.float32)
+    return tl.where(i == 0, x, tl.where(i == 1, rest, last)).to(tl.bfloat16)
+
+
+@jit
 def _low_rank(
     acc, low_at, up_at, in_n, in_v, mask_n, mask_v, RANK: tl.constexpr, CUT: tl.constexpr
 ):
     """Return acc + low @ up.T of a tile; both are rows of RANK numbers, low float32.
 
-    CUT: a product of float32 numbers on tensor cores, as six of their bfloat16 parts. It keeps the
-    layout of the sums, where float32's own multiplication would move them through memory.
+    CUT: float32's precision from tensor cores: the six products of bfloat16 parts that matter. They
+    keep the layout of the sums, where float32's own product would move them through memory. One
+    dot in one loop: tensor memory holds a copy of the sums for each dot that is written.
     """
     in_r = tl.arange(0, 16)
-    for r in tl.range(0, RANK, 16, num_stages=1):
-        offs_r = r + in_r
+    PRODUCTS: tl.constexpr = (3 if up_at.dtype.element_ty == tl.bfloat16 else 6) if CUT else 1
+    for step in tl.range(0, PRODUCTS * ((RANK + 15) // 16), num_stages=1):
+        offs_r = step // PRODUCTS * 16 + in_r
         mask_r = offs_r < RANK
         low = tl.load(
             low_at + in_n[:, None] * RANK + offs_r[None, :],
@@ -61,21 +71,11 @@ def _low_rank(
             mask=mask_v[None, :] & mask_r[:, None], other=0.0,
         ).to(tl.float32)  # fmt: skip
         if CUT:
-            low_1 = low.to(tl.bfloat16)
-            low -= low_1.to(tl.float32)
-            low_2 = low.to(tl.bfloat16)
-            low_3 = (low - low_2.to(tl.float32)).to(tl.bfloat16)
-            up_1 = up.to(tl.bfloat16)
-            acc = _dot(low_1, up_1, acc, _IN_INTERPRETER)
-            acc = _dot(low_2, up_1, acc, _IN_INTERPRETER)
-            acc = _dot(low_3, up_1, acc, _IN_INTERPRETER)
-            if up_at.dtype.element_ty != tl.bfloat16:
-                up -= up_1.to(tl.float32)
-                up_2 = up.to(tl.bfloat16)
-                up_3 = (up - up_2.to(tl.float32)).to(tl.bfloat16)
-                acc = _dot(low_1, up_2, acc, _IN_INTERPRETER)
-                acc = _dot(low_2, up_2, acc, _IN_INTERPRETER)
-                acc = _dot(low_1, up_3, acc, _IN_INTERPRETER)
+            # (low, up) parts: 0 0, 1 0, 2 0, 0 1, 1 1, 0 2.
+            product = step % PRODUCTS
+            i = product - product // 3 * 3 - product // 5 * 2
+            j = product // 3 + product // 5
+            acc = _dot(_part(low, i), _part(up, j), acc, _IN_INTERPRETER)
         else:
             acc = tl.dot(low, up, acc, input_precision="ieee")
     return acc

@@ -31,7 +31,8 @@ ALLOWED_SPILLS = {
 ALLOWED_SPILLS |= {
     (name, "sm_120"): 8
     for name in ("forward", "forward, full, z", "forward, extras, z", "recompute", "triple",
-                 "triple, two heads, z", "gemm")
+                 "triple, two heads, z", "gemm", "adapter", "adapter, full, z",
+                 "adapter, extras, z", "adapter, recompute")
 }  # fmt: skip
 
 
@@ -40,5 +41,7 @@ ALLOWED_SPILLS |= {
 )
 def test_compiles_within_the_card(launch):
     used = launch.compile()
+    # A body that needs more tensor memory than there is becomes a trap, of 4 registers.
+    assert used.registers > 8, used
     assert used.spills <= ALLOWED_SPILLS.get((launch.name, launch.target), 0), used
     assert used.shared_bytes <= SHARED_LIMIT[launch.target], used
