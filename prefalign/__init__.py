@@ -14,6 +14,7 @@ from ._version import __version__
 _HOMES = {
     "token_logps": "kernels.token_logps",
     "linear_token_logps": "kernels.linear_token_logps",
+    "HeadAdapter": "kernels.head_adapter",
     "linear_token_logps_triple": "kernels.linear_token_logps_triple",
     "sequence_logps": "kernels.sequence_logps",
     "preference_loss": "kernels.preference_loss",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "token_logps",
     "linear_token_logps",
+    "HeadAdapter",
     "linear_token_logps_triple",
     "sequence_logps",
     "preference_loss",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from .config import SPASettings
     from .errors import UserError
     from .kernels.enhancement_loss import enhancement_loss, released_weights
+    from .kernels.head_adapter import HeadAdapter
     from .kernels.linear_preference_loss import linear_preference_loss, plan_pairs
     from .kernels.linear_token_logps import linear_token_logps
     from .kernels.linear_token_logps_triple import linear_token_logps_triple

@@ -19,7 +19,7 @@ from .config import NoiseSettings
 from .kernels.linear_token_logps_triple import linear_token_logps_triple
 from .kernels.noise_aware_loss import noise_aware_loss
 from .kernels.sequence_logps import sequence_logps
-from .models import head_arguments, read_head, target_hidden
+from .models import head_arguments, read_head, refuse_head_adapter, target_hidden
 from .packing import PackedBatch
 from .trainer import CHOSEN, REJECTED, PreferenceTrainer, pair_metrics
 
@@ -93,6 +93,9 @@ class NoiseAwareTrainer(PreferenceTrainer):
     def __init__(self, *args, noise: NoiseSettings, extrapolation: float, **kwargs):
         callbacks = [*kwargs.pop("callbacks", []), NoiseThreshold(noise.quantile, noise.window)]
         super().__init__(*args, callbacks=callbacks, **kwargs)
+        if self.reference is not None:
+            for used in (self.model, self.reference.model):
+                refuse_head_adapter(used, "the noise-aware loss")
         self.noise = noise
         self.extrapolation = extrapolation
         self._step_rows: list[Tensor] = []
