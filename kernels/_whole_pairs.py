@@ -51,15 +51,15 @@ class _Chunk:
         for lo in range(0, V if h.shape[0] else 0, tile):
             hi = min(lo + tile, V)
             z = _logits(h, weight[lo:hi], _part(bias, lo, hi), head)
-            _put(z, *self._targets(lo, hi), self.stats.zy)
             slope = None
             if keep and head.softcap is not None:
                 slope = _slope(z, head, torch.empty_like(z))
+            _put(z, *self._targets(lo, hi), -torch.inf)
             e, _ = self.stats.update(z)
             if keep:
                 self.tiles.append((lo, hi, e if slope is None else e.mul_(slope), self.stats.m))
             del z, e  # before the next tile is made
-        self.logps = self.stats.results(V)["logps"]
+        self.logps = self.stats.finish(V)["logps"]
 
     def _targets(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Return the rows' targets within a tile [n, 1], clamped, and which lie inside [n]."""
@@ -82,7 +82,7 @@ class _Chunk:
         while self.tiles:
             lo, hi, dz, m = self.tiles.pop(0)
             dz.mul_((-g * (m - self.stats.m).exp() / self.stats.s)[:, None])
-            _put(dz, *self._targets(lo, hi), at_target)
+            _put(dz, *self._targets(lo, hi), 0)  # exp(-inf) times an infinite slope
             if dh is not None:
                 dh.add_(_dot(dz, self.weight[lo:hi].T))
             if dw is not None and first:
@@ -91,6 +91,13 @@ class _Chunk:
                 dw[lo:hi] += _dot(dz.T, self.h.T)
             if db is not None:
                 db[lo:hi] += dz.sum(0)
+        # The targets' entries, so much larger than the others, join at the end.
+        if dh is not None:
+            dh.addcmul_(at_target[:, None], self.weight[self.y])
+        if dw is not None:
+            dw.index_add_(0, self.y, self.h * at_target[:, None])
+        if db is not None:
+            db.index_add_(0, self.y, at_target)
 
 
 def whole_pairs(
