@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from prefalign.kernels._low_rank import Adapter, Factors, add_product
 from prefalign.kernels.head_adapter import HeadAdapter
 from prefalign.kernels.linear_token_logps import OUTPUTS, linear_token_logps
 from prefalign.kernels.plan import plan_head
@@ -131,9 +132,10 @@ def test_large_vocabulary_and_confident_tokens(device, needs, sure, dtype):
     check("chunked", case, needs=needs, **SCALED)
 
 
-def test_logits_keep_float32s_precision(impl, device):
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_logits_keep_float32s_precision(impl, device, adapter_dtype):
     """A large product of the factors that cancels: 8-bit operands would leave errors of 1e-1."""
-    case = make(device, 40, 70, 16, 4, torch.bfloat16, torch.float32)
+    case = make(device, 40, 70, 16, 4, torch.bfloat16, adapter_dtype)
     hidden, weight, bias, a, b, targets, upstream = case
     a, b = torch.cat([a, a]), torch.cat([20 * b, -20 * b + b], 1)
     ours = run(impl, [hidden, weight, bias, a, b, targets, upstream], needs="")
@@ -142,15 +144,32 @@ def test_logits_keep_float32s_precision(impl, device):
     assert (ours["logps"] - exact["logps"]).abs().max() < 2e-4
 
 
-@pytest.mark.parametrize("needs", ["", "hAB"])
-def test_equals_the_merged_weight(impl, device, needs):
-    hidden, weight, bias, a, b, targets, upstream = (
-        x.double() if x.is_floating_point() else x for x in make("cpu", 21, 50, 12, 3)
-    )
-    case = [hidden, weight, bias, a, b, targets, upstream]
-    found = run("chunked", case, needs=needs, scaling=1.7)
+def test_factors_are_cut_into_what_bfloat16_gemms_take_as_it_is():
+    """Whether a CPU's GEMM rounds its operands differs by machine: so nothing is left to round."""
+    generator = torch.Generator().manual_seed(0)
+    low, up = (torch.randn(9, 5, generator=generator) for _ in range(2))
+    factors = Factors(Adapter(low, up), torch.zeros(9, 3, dtype=torch.bfloat16))
+    for found, factor in ((factors.rows(slice(None)), low), (factors.entries(0, 9), up)):
+        assert len(found) == 3
+        assert all(torch.equal(part, part.bfloat16().float()) for part in found)
+        assert torch.equal(sum(part.double() for part in found).float(), factor)
+    out = torch.zeros(9, 9)
+    add_product(out, factors.rows(slice(None)), factors.entries(0, 9))
+    torch.testing.assert_close(out.double(), low.double() @ up.double().T, rtol=0, atol=2e-6)
+    (whole,) = Factors(Adapter(low, up), torch.zeros(9, 3)).rows(slice(2, 4))
+    assert torch.equal(whole, low[2:4])
+
+
+def test_equals_the_merged_weight_and_its_gradients():
+    *floats, targets, upstream = make("cpu", 21, 50, 12, 3)
+    case = [*(x.double() for x in floats), targets, upstream]
+    found = run("chunked", case, scaling=1.7)
+    hidden, weight, bias, a, b = (x.requires_grad_() for x in case[:5])
     want = linear_token_logps(hidden, weight + 1.7 * b @ a, targets, bias=bias, impl="reference")
-    torch.testing.assert_close(found["logps"], want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["logps"], want.detach(), rtol=0, atol=1e-12)
+    grads = torch.autograd.grad(want, (hidden, a, b), upstream)
+    for name, grad in zip("hAB", grads, strict=True):
+        torch.testing.assert_close(found[name], grad, rtol=0, atol=1e-11)
 
 
 def test_a_fresh_adapter_leaves_every_bit(impl, device):
@@ -216,6 +235,7 @@ def test_second_backward_and_reruns_are_bit_identical(impl, device, needs):
     leaves = [x.requires_grad_(name in needs) for name, x in zip(LEAVES, leaves, strict=True)]
     hidden, weight, bias, a, b = leaves
     wanted = [x for x in leaves if x.requires_grad]
+    before = [x.detach().clone() for x in (*leaves, upstream)]
     found = []
     for _ in range(2):
         out = linear_token_logps(
@@ -225,6 +245,7 @@ def test_second_backward_and_reruns_are_bit_identical(impl, device, needs):
             found.append((out, *torch.autograd.grad(out, wanted, upstream, retain_graph=True)))
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(before, (*leaves, upstream), strict=True))
 
 
 @pytest.mark.parametrize("needs", ["", "hA", "hAB"])
