@@ -28,7 +28,7 @@ _HOMES = {
     "plan_head": "kernels.plan",
     "HeadPlan": "kernels.plan",
     "SPA": "spa",
-    "SPASettings": "config",
+    "SPASettings": "spa_config",
     "PreferenceTrainer": "trainer",
     "NoiseAwareTrainer": "noise_aware",
     "PackedBatch": "packing",
@@ -65,7 +65,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import SPASettings
     from .errors import UserError
     from .kernels.enhancement_loss import enhancement_loss, released_weights
     from .kernels.head_adapter import HeadAdapter
@@ -82,6 +81,7 @@ if TYPE_CHECKING:
     from .noise_aware import NoiseAwareTrainer
     from .packing import Group, PackedBatch, pack
     from .spa import SPA
+    from .spa_config import SPASettings
     from .trainer import PreferenceTrainer
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gc
+import importlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ._version import __version__
 from .errors import UserError
@@ -16,10 +19,52 @@ from .errors import UserError
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
-SPA_HELP = (
-    "Spread Preference Annotation (Selfee, arXiv 2406.04412): DPO on a small labelled seed, then "
-    "rounds in which the model generates, judges by its own logits and trains on its own labels."
-)
+
+class Command(NamedTuple):
+    """A command that runs an algorithm.
+
+    Args:
+        settings: Where its settings are, as ``module:class``.
+        run: Where the algorithm is.
+        help: What it does; the part before the first colon is its line in the overview.
+    """
+
+    settings: str
+    run: str
+    help: str
+
+
+RUNS = {
+    "spa": Command(
+        "spa_config:SPASettings",
+        "spa:SPA",
+        "Spread Preference Annotation (Selfee, arXiv 2406.04412): DPO on a small labelled seed, "
+        "then rounds in which the model generates, judges by its own logits and trains on its own "
+        "labels.",
+    ),
+    "ple": Command(
+        "ple_config:PLESettings",
+        "ple:PLE",
+        "Progressively Label Enhancement (arXiv 2408.02599): SFT, then rounds in which the model "
+        "answers plainly and under principles, rewards score both answers, and a falling "
+        "threshold on their gap decides between a ranking loss and weighted SFT.",
+    ),
+    "dpo": Command(
+        "config:DPOSettings",
+        "tuning:DPO",
+        "Preference optimisation on labelled pairs: DPO (arXiv 2305.18290) or another preference "
+        "loss.",
+    ),
+    "sft": Command(
+        "config:SFTSettings",
+        "tuning:SFT",
+        "Supervised fine-tuning on demonstrations: the mean negative log-prob of their tokens.",
+    ),
+}
+SWITCHES = {
+    "resume": "Go on with the run that output_dir holds.",
+    "overwrite": "Remove the run that output_dir holds, and start anew.",
+}
 
 
 def build_parser():
@@ -27,7 +72,6 @@ def build_parser():
     import jsonargparse
 
     from .benchmarks.options import HELP, add_options
-    from .config import SPASettings
 
     class Parser(jsonargparse.ArgumentParser):
         """A parser whose errors are one line."""
@@ -45,16 +89,16 @@ def build_parser():
         version=__version__,
     )
     commands = parser.add_subcommands(dest="command")
-    spa = Parser(description=SPA_HELP, usage="prefalign spa [--config FILE] [--OPTION VALUE ...]")
-    spa.add_argument("--config", action="config", help="YAML file of settings; options override it")
-    switches = {
-        "resume": "Go on with the run that output_dir holds.",
-        "overwrite": "Remove the run that output_dir holds, and start anew.",
-    }
-    for name, text in switches.items():
-        spa.add_argument(f"--{name}", action="store_true", help=text)
-    spa.add_class_arguments(SPASettings, as_group=True, skip=set(switches))
-    commands.add_subcommand("spa", spa, help=SPA_HELP.split(":")[0])
+    for name, command in RUNS.items():
+        usage = f"prefalign {name} [--config FILE] [--OPTION VALUE ...]"
+        sub = Parser(description=command.help, usage=usage)
+        sub.add_argument(
+            "--config", action="config", help="YAML file of settings; options override it"
+        )
+        for switch, text in SWITCHES.items():
+            sub.add_argument(f"--{switch}", action="store_true", help=text)
+        sub.add_class_arguments(_find(command.settings), as_group=True, skip=set(SWITCHES))
+        commands.add_subcommand(name, sub, help=command.help.split(":")[0])
     bench = Parser(description=HELP, usage="prefalign bench [--OPTION VALUE ...]")
     add_options(bench)
     commands.add_subcommand("bench", bench, help=HELP.split(":")[0])
@@ -81,11 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _hush_libraries()
     try:
         settings = parser.instantiate(parsed)[parsed.command]
-        return COMMANDS[parsed.command](settings)
+        if parsed.command == "bench":
+            return run_bench(settings)
+        return run_algorithm(RUNS[parsed.command], settings)
     except UserError as error:
         return _fail(one_line(error))
     except KeyboardInterrupt:
-        hint = "; --resume goes on from here" if parsed.command == "spa" else ""
+        hint = "; --resume goes on from here" if parsed.command in RUNS else ""
         print(f"\nprefalign: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -97,22 +143,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
-def run_spa(settings) -> int:
-    """Run SPA and print where its results are."""
-    from .config import SPASettings
-    from .report import summary_table
-    from .spa import SPA
+def _find(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
 
-    values = {name: settings[name] for name in SPASettings.__dataclass_fields__}
-    spa = SPA(SPASettings(**values))
-    spa.run()
-    if spa.parts.process.is_main_process:
-        print(f"\n{summary_table(spa.parts.run.path)}\n")
-        print(f"Report: {spa.parts.run.path / 'report.html'}")
-    process = spa.parts.process
+
+def run_algorithm(command: Command, values) -> int:
+    """Run an algorithm and print where its results are."""
+    from .report import summary_table
+
+    settings = _find(command.settings)
+    names = [field.name for field in dataclasses.fields(settings)]
+    run = _find(command.run)(settings(**{name: values[name] for name in names}))
+    run.run()
+    if run.parts.process.is_main_process:
+        print(f"\n{summary_table(run.parts.run.path)}\n")
+        print(f"Report: {run.parts.run.path / 'report.html'}")
+    process = run.parts.process
     if process.num_processes > 1:
         # Gloo waits forever at exit where a DDP model outlives its process group.
-        del spa
+        del run
         gc.collect()
         process.wait_for_everyone()
         process.destroy_process_group()
@@ -124,9 +174,6 @@ def run_bench(options) -> int:
     from .benchmarks.runner import run
 
     return run(options)
-
-
-COMMANDS = {"spa": run_spa, "bench": run_bench}
 
 
 def _fail(message: str) -> int:

@@ -1,6 +1,7 @@
-"""Every setting of a run, with its default. The command line and the YAML file are made from these.
+"""Every setting of a run, with its default. The command line and YAML files are made from these.
 
-Defaults are the paper's (Selfee, arXiv 2406.04412), where it names a value.
+Each command has its class on top of what all runs share (``RunSettings``): ``DPOSettings`` and
+``SFTSettings`` here, ``SPASettings`` in ``spa_config``, ``PLESettings`` in ``ple_config``.
 """
 
 from __future__ import annotations
@@ -48,38 +49,67 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the model learns from.
+    """How long a prompt and a response may be.
 
     Args:
-        preferences: The human-labelled seed: rows of prompt, chosen, rejected (plain or
-            conversational; the prompt may be implied). A hub name, folder, JSON lines or Parquet.
-        prompts: Fresh prompts for the iterations: rows with a prompt.
-        prompts_per_iteration: How many prompts each iteration takes; all of them in equal parts if
-            not given. The paper: 8000, 20000, 30000.
         max_length: Tokens of a prompt and its response together.
         max_prompt_length: Tokens of a prompt; a longer one keeps its end.
     """
 
-    preferences: str = ""
-    prompts: str = ""
-    prompts_per_iteration: list[int] | None = None
     max_length: int = 2048
     max_prompt_length: int = 1024
 
 
 @dataclass(frozen=True)
+class IterationDataSettings(DataSettings):
+    """What the model learns from.
+
+    Args:
+        prompts: Fresh prompts for the iterations: rows with a prompt.
+        prompts_per_iteration: How many prompts each iteration takes; all of them in equal parts if
+            not given.
+    """
+
+    prompts: str = ""
+    prompts_per_iteration: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class DPODataSettings(DataSettings):
+    """What the model learns from.
+
+    Args:
+        preferences: Labelled pairs: rows of prompt, chosen, rejected (plain or conversational; the
+            prompt may be implied). A hub name, folder, JSON lines or Parquet.
+    """
+
+    preferences: str = ""
+
+
+@dataclass(frozen=True)
+class SFTDataSettings(DataSettings):
+    """What the model learns from.
+
+    Args:
+        sft: Demonstrations: rows of prompt and completion, or of messages, of which the last one
+            is learned. A hub name, folder, JSON lines or Parquet.
+    """
+
+    sft: str = ""
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
-    """How the model is trained, in the seed phase and in every iteration.
+    """How the model is trained.
 
     Args:
         learning_rate: Peak learning rate.
         lr_scheduler: A schedule that transformers knows.
         warmup_ratio: Share of the steps over which the learning rate rises.
-        batch_size: Pairs in one optimiser step, over all processes.
+        batch_size: Pairs (demonstrations, in SFT) in one optimiser step, over all processes.
         max_tokens: Tokens in one forward and backward pass on one device; a step takes as many
             passes as it needs.
-        seed_epochs: Epochs over the labelled seed.
-        epochs: Epochs over an iteration's self-labelled pairs.
+        epochs: Epochs over the data, or over an iteration's own.
         optimizer: An optimiser that transformers knows.
         weight_decay: AdamW's weight decay.
         max_grad_norm: Gradient clipping; 0 for none.
@@ -96,7 +126,6 @@ class TrainingSettings:
     warmup_ratio: float = 0.1
     batch_size: int = 32
     max_tokens: int = 16384
-    seed_epochs: int = 3
     epochs: int = 1
     optimizer: str = "adamw_torch"
     weight_decay: float = 0.0
@@ -115,7 +144,6 @@ class GenerationSettings:
 
     Args:
         backend: transformers' own ``generate``, or vLLM (needs the extra ``vllm``).
-        samples_per_prompt: K, responses to one prompt.
         temperature: Sampling temperature.
         top_p: Nucleus sampling.
         max_new_tokens: Length limit of a response.
@@ -124,7 +152,6 @@ class GenerationSettings:
     """
 
     backend: Literal["transformers", "vllm"] = "transformers"
-    samples_per_prompt: int = 2
     temperature: float = 0.7
     top_p: float = 1.0
     max_new_tokens: int = 300
@@ -133,116 +160,84 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    """How the model labels its own responses (equation 7).
-
-    Args:
-        reference: The judge's reference policy: ``init`` (the paper's best), ``previous`` (the
-            policy before the last iteration) or ``none``.
-        pairing: Which pairs are made of K responses: best against worst, or every pair.
-    """
-
-    reference: Literal["init", "previous", "none"] = "init"
-    pairing: Literal["best_worst", "all"] = "best_worst"
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """The noise-aware loss (section 4.3) and de-coupled noise detection (equations 11 and 12).
-
-    Args:
-        alpha: Label smoothing of a pair judged noisy.
-        alpha_warmup: Share of an iteration's steps over which alpha is 0.
-        lambdas: Extrapolation by iteration; the last value goes on. 0 for none.
-        quantile: Share of the pairs judged noisy: the threshold is this quantile of confidences.
-        threshold: ``rolling`` takes the quantile over the last ``window`` pairs trained on,
-            ``exact`` over all of the iteration's pairs, once, where alpha's warm-up ends.
-        window: Pairs in the rolling window; until it is full no pair is judged noisy.
-    """
-
-    alpha: float = 0.1
-    alpha_warmup: float = 0.2
-    lambdas: list[float] = field(default_factory=lambda: [0.5, 0.25, 0.125])
-    quantile: float = 0.1
-    threshold: Literal["rolling", "exact"] = "rolling"
-    window: int = 64
-
-
-@dataclass(frozen=True)
 class GaugeSettings:
-    """The gauge against collapse: the judge learns from itself, so it is watched from outside.
+    """The gauge against collapse: the model learns from itself, so it is watched from outside.
 
     Args:
-        holdout: Share of the human labels that is held out from training for it.
-        holdout_minimum: Pairs held out at least.
-        min_accuracy: Lowest accuracy of the judge on the held-out labels.
-        max_length_ratio: Highest mean response length, relative to the labelled responses'.
+        max_length_ratio: Highest mean response length, relative to the given responses'.
         max_cut: Highest share of responses cut at the length limit.
         on_collapse: What a reading past its threshold does: ``warn``, or ``stop`` before the
             iteration trains.
     """
 
-    holdout: float = 0.1
-    holdout_minimum: int = 16
-    min_accuracy: float = 0.55
     max_length_ratio: float = 2.0
     max_cut: float = 0.5
     on_collapse: Literal["warn", "stop"] = "warn"
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """Win rates against π_init by a reward of your own, and the controls to compare with.
+class LossSettings:
+    """The preference loss.
 
     Args:
-        reward: ``file.py:function`` or ``module:function``, called as
-            ``f(prompts, completions) -> list[float]``; no evaluation if not given.
+        loss_type: A loss of ``preference_loss``.
+        beta: DPO's inverse temperature.
+        label_smoothing: cDPO's share of flipped labels.
+    """
+
+    loss_type: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Rewards and win rates against the model that was given, by a reward of your own.
+
+    Args:
+        reward: ``file.py:function``, ``module:function`` or a model, called as
+            ``f(prompts=..., completions=...) -> list[float]``; no evaluation if not given.
         prompts: Rows with a prompt, apart from the training prompts.
-        control: Also train plain DPO on the seed for as many steps as SPA takes in all.
-        all_labels: Rows of labelled pairs; also train plain DPO on the seed and these.
     """
 
     reward: str | None = None
     prompts: str | None = None
-    control: bool = False
-    all_labels: str | None = None
+
+
+Check = tuple[str, Any, bool, str]
+"""A setting's name, its value, whether that can be used, and what is expected."""
 
 
 @dataclass(frozen=True)
-class SPASettings:
-    """Spread Preference Annotation (SPA; Selfee, arXiv 2406.04412).
+class RunSettings:
+    """What every run has.
 
     Args:
         output_dir: Folder for everything that the run writes.
         resume: Go on with the run that ``output_dir`` holds.
         overwrite: Remove the run that ``output_dir`` holds.
         seed: Seed of every random choice.
-        iterations: Rounds of generating, judging and training after the seed.
-        beta: DPO's and the judge's inverse temperature.
         model: The model.
         data: The data.
         training: Training.
         generation: Generation.
-        judge: The judge.
-        noise: The noise-aware loss.
-        gauge: The gauge against collapse.
         evaluation: Evaluation.
     """
 
-    output_dir: str = "runs/spa"
+    output_dir: str = "runs/run"
     resume: bool = False
     overwrite: bool = False
     seed: int = 0
-    iterations: int = 3
-    beta: float = 0.1
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
-    noise: NoiseSettings = field(default_factory=NoiseSettings)
-    gauge: GaugeSettings = field(default_factory=GaugeSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    @property
+    def num_models(self) -> int:
+        """How many models the run leaves."""
+        return 1
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain nested dictionaries."""
@@ -250,72 +245,96 @@ class SPASettings:
 
     def validate(self) -> None:
         """Raise RunError, naming the option, where a value cannot be used."""
-        g, n, t = self.generation, self.noise, self.training
-        checks = [
+        for name, value, holds, expected in self.checks():
+            if not holds:
+                raise RunError(f"{name}: expected {expected}, got {value!r}")
+
+    def checks(self) -> list[Check]:
+        """Return what must hold; a subclass adds to it."""
+        d, e, g, t = self.data, self.evaluation, self.generation, self.training
+        return [
             ("model.path", self.model.path, bool(self.model.path), "a model's folder or name"),
-            ("data.preferences", self.data.preferences, bool(self.data.preferences), "a dataset"),
-            ("iterations", self.iterations, self.iterations >= 0, "0 or more"),
-            ("beta", self.beta, self.beta > 0, "more than 0"),
             ("training.batch_size", t.batch_size, t.batch_size >= 1, "1 or more"),
             ("training.max_tokens", t.max_tokens, t.max_tokens >= 1, "1 or more"),
             ("training.learning_rate", t.learning_rate, t.learning_rate >= 0, "0 or more"),
             ("training.warmup_ratio", t.warmup_ratio, 0 <= t.warmup_ratio <= 1, "from 0 to 1"),
             ("training.save_steps", t.save_steps, t.save_steps >= 1, "1 or more"),
             ("training.logging_steps", t.logging_steps, t.logging_steps >= 1, "1 or more"),
-            (
-                "generation.samples_per_prompt",
-                g.samples_per_prompt,
-                g.samples_per_prompt >= 2,
-                "2 or more",
-            ),
             ("generation.temperature", g.temperature, g.temperature > 0, "more than 0"),
             ("generation.top_p", g.top_p, 0 < g.top_p <= 1, "more than 0 and at most 1"),
             ("generation.max_new_tokens", g.max_new_tokens, g.max_new_tokens >= 1, "1 or more"),
             ("generation.batch_size", g.batch_size, g.batch_size >= 1, "1 or more"),
             ("generation.chunk_size", g.chunk_size, g.chunk_size >= 1, "1 or more"),
-            ("noise.alpha", n.alpha, 0 <= n.alpha <= 0.5, "from 0 to 0.5"),
-            ("noise.alpha_warmup", n.alpha_warmup, 0 <= n.alpha_warmup <= 1, "from 0 to 1"),
-            (
-                "noise.lambdas",
-                n.lambdas,
-                bool(n.lambdas) and min(n.lambdas) >= 0,
-                "values of 0 or more",
-            ),
-            ("noise.quantile", n.quantile, 0 <= n.quantile <= 1, "from 0 to 1"),
-            ("noise.window", n.window, n.window >= 2, "2 or more"),
-            ("gauge.holdout", self.gauge.holdout, 0 < self.gauge.holdout < 1, "between 0 and 1"),
-            (
-                "gauge.holdout_minimum",
-                self.gauge.holdout_minimum,
-                self.gauge.holdout_minimum >= 1,
-                "1 or more",
-            ),
-            (
-                "data.prompts",
-                self.data.prompts,
-                bool(self.data.prompts) or self.iterations == 0,
-                "a dataset of prompts for the iterations",
-            ),
-            (
-                "data.prompts_per_iteration",
-                self.data.prompts_per_iteration,
-                self.data.prompts_per_iteration is None
-                or len(self.data.prompts_per_iteration) == self.iterations,
-                f"one number for each of the {self.iterations} iterations",
-            ),
             (
                 "data.max_prompt_length",
-                self.data.max_prompt_length,
-                1 <= self.data.max_prompt_length < self.data.max_length,
-                f"from 1 to less than data.max_length ({self.data.max_length})",
+                d.max_prompt_length,
+                1 <= d.max_prompt_length < d.max_length,
+                f"from 1 to less than data.max_length ({d.max_length})",
             ),
             (
                 "evaluation.prompts",
-                self.evaluation.prompts,
-                self.evaluation.reward is None or bool(self.evaluation.prompts),
+                e.prompts,
+                e.reward is None or bool(e.prompts),
                 "a dataset of prompts, since evaluation.reward is given",
             ),
         ]
-        for name, value, holds, expected in checks:
-            if not holds:
-                raise RunError(f"{name}: expected {expected}, got {value!r}")
+
+
+def iteration_checks(data: IterationDataSettings, iterations: int) -> list[Check]:
+    """Return what must hold of an algorithm that goes in iterations."""
+    sizes = data.prompts_per_iteration
+    return [
+        ("iterations", iterations, iterations >= 0, "0 or more"),
+        (
+            "data.prompts",
+            data.prompts,
+            bool(data.prompts) or iterations == 0,
+            "a dataset of prompts for the iterations",
+        ),
+        (
+            "data.prompts_per_iteration",
+            sizes,
+            sizes is None or len(sizes) == iterations,
+            f"one number for each of the {iterations} iterations",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class DPOSettings(RunSettings):
+    """Preference optimisation on labelled pairs (DPO, arXiv 2305.18290).
+
+    Args:
+        loss: The preference loss.
+    """
+
+    output_dir: str = "runs/dpo"
+    data: DPODataSettings = field(default_factory=DPODataSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+
+    def checks(self) -> list[Check]:
+        """Return what must hold."""
+        loss = self.loss
+        smoothing = loss.label_smoothing
+        return [
+            *super().checks(),
+            ("data.preferences", self.data.preferences, bool(self.data.preferences), "a dataset"),
+            ("loss.beta", loss.beta, loss.beta > 0, "more than 0"),
+            ("loss.label_smoothing", smoothing, 0 <= smoothing <= 0.5, "from 0 to 0.5"),
+        ]
+
+
+@dataclass(frozen=True)
+class SFTSettings(RunSettings):
+    """Supervised fine-tuning on demonstrations: the mean negative log-prob of their tokens."""
+
+    output_dir: str = "runs/sft"
+    data: SFTDataSettings = field(default_factory=SFTDataSettings)
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=1e-5))
+
+    def checks(self) -> list[Check]:
+        """Return what must hold."""
+        return [
+            *super().checks(),
+            ("data.sft", self.data.sft, bool(self.data.sft), "a dataset of demonstrations"),
+        ]

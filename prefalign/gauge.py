@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import GaugeSettings
+from .spa_config import SPAGaugeSettings
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,15 @@ class GaugeReading:
     """One iteration's readings.
 
     Args:
-        judge_accuracy: Share of held-out pairs that the judge orders as people did; ties half.
+        judge_accuracy: Share of held-out pairs that the judge orders as people did; ties half. None
+            where there is no judge.
         held_out_pairs: How many pairs that is.
         mean_tokens: Mean length of the iteration's responses, in tokens.
-        length_ratio: That, relative to the labelled responses' mean length.
+        length_ratio: That, relative to the given responses' mean length.
         cut_share: Share of the responses cut at the length limit.
     """
 
-    judge_accuracy: float
+    judge_accuracy: float | None
     held_out_pairs: int
     mean_tokens: float
     length_ratio: float
@@ -35,7 +37,11 @@ class GaugeReading:
     def warnings(self, settings: GaugeSettings) -> list[str]:
         """Return a sentence for each reading past its threshold."""
         found = []
-        if self.judge_accuracy < settings.min_accuracy:
+        if (
+            self.judge_accuracy is not None
+            and isinstance(settings, SPAGaugeSettings)
+            and self.judge_accuracy < settings.min_accuracy
+        ):
             found.append(
                 f"the judge orders {self.judge_accuracy:.0%} of {self.held_out_pairs} held-out "
                 f"human pairs rightly, less than gauge.min_accuracy {settings.min_accuracy:.0%}"
@@ -43,7 +49,7 @@ class GaugeReading:
         if self.length_ratio > settings.max_length_ratio:
             found.append(
                 f"responses average {self.mean_tokens:.1f} tokens, {self.length_ratio:.2f} times "
-                f"the labelled ones', more than gauge.max_length_ratio {settings.max_length_ratio}"
+                f"the given ones', more than gauge.max_length_ratio {settings.max_length_ratio}"
             )
         if self.cut_share > settings.max_cut:
             found.append(
@@ -54,26 +60,26 @@ class GaugeReading:
 
 
 def read_gauge(
-    held_out_margins: Sequence[float],
     response_tokens: Sequence[int],
     cut: Sequence[bool],
-    labelled_tokens: float,
+    given_tokens: float,
+    held_out_margins: Sequence[float] = (),
 ) -> GaugeReading:
     """Take a reading.
 
     Args:
-        held_out_margins: The judge's reward of the chosen less that of the rejected response, for
-            each held-out pair.
         response_tokens: Length of each of the iteration's responses.
         cut: Whether each was cut at the length limit.
-        labelled_tokens: Mean length of the labelled responses.
+        given_tokens: Mean length of the responses that people gave.
+        held_out_margins: The judge's reward of the chosen less that of the rejected response, for
+            each held-out pair.
     """
     right = sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in held_out_margins)
     mean = sum(response_tokens) / len(response_tokens)
     return GaugeReading(
-        judge_accuracy=right / len(held_out_margins),
+        judge_accuracy=right / len(held_out_margins) if held_out_margins else None,
         held_out_pairs=len(held_out_margins),
         mean_tokens=mean,
-        length_ratio=mean / labelled_tokens,
+        length_ratio=mean / given_tokens,
         cut_share=sum(cut) / len(cut),
     )

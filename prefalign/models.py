@@ -167,7 +167,8 @@ def _without_lora(layer: nn.Module, name: str) -> tuple[nn.Module, HeadAdapter |
                 f"{name}'s output head has {what}, expected one plain LoRA adapter without "
                 "dropout: change that, or leave the head out of LoRA's target modules"
             )
-    a, b = (_whole(factors[active[0]].weight) for factors in (layer.lora_A, layer.lora_B))
+    factors: list[Any] = [layer.lora_A[active[0]], layer.lora_B[active[0]]]
+    a, b = (_whole(factor.weight) for factor in factors)
     return layer.base_layer, HeadAdapter(a, b, float(layer.scaling[active[0]]))
 
 

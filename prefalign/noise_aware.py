@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .config import NoiseSettings
 from .kernels.linear_token_logps_triple import linear_token_logps_triple
 from .kernels.noise_aware_loss import noise_aware_loss
 from .kernels.sequence_logps import sequence_logps
 from .models import head_arguments, read_head, refuse_head_adapter, target_hidden
 from .packing import PackedBatch
+from .spa_config import NoiseSettings
 from .trainer import CHOSEN, REJECTED, PreferenceTrainer, pair_metrics
 
 
@@ -94,6 +94,7 @@ class NoiseAwareTrainer(PreferenceTrainer):
         callbacks = [*kwargs.pop("callbacks", []), NoiseThreshold(noise.quantile, noise.window)]
         super().__init__(*args, callbacks=callbacks, **kwargs)
         if self.reference is not None:
+            used: Any
             for used in (self.model, self.reference.model):
                 refuse_head_adapter(used, "the noise-aware loss")
         self.noise = noise
@@ -126,7 +127,7 @@ class NoiseAwareTrainer(PreferenceTrainer):
         ahead = math.ceil(self.noise.window / pairs)
         return self.state.global_step >= self.warmup_steps - ahead
 
-    def pair_losses(
+    def group_losses(
         self, model: torch.nn.Module, batch: PackedBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return each pair's loss, ``[B]`` with a graph, and its metrics, ``[B]`` each."""
@@ -168,7 +169,7 @@ class NoiseAwareTrainer(PreferenceTrainer):
         """Return policy, reference and extrapolated log-probs of each response, ``[R]`` each."""
         hidden = target_hidden(model, batch, through_wrapper=True)
         if self.extrapolation == 0 and self.reference is None:
-            policy = self._response_logps(hidden, model, batch)
+            policy = self.response_logps(hidden, model, batch)
             return policy, batch.extras["reference_logps"], policy.detach()
         assert self.reference is not None, "extrapolation needs the reference's hidden states"
         head = read_head(self.accelerator.unwrap_model(model))

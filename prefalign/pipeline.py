@@ -9,12 +9,14 @@ are.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import math
 import statistics
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -25,14 +27,23 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .attention import causal_lm
-from .config import GenerationSettings, SPASettings
+from .config import GenerationSettings, RunSettings, TrainingSettings
 from .data import as_text
+from .encoding import Text
 from .generation import Generator, TransformersGenerator, VLLMGenerator
 from .models import check_finite, load_model, load_tokenizer, score, verify_head
+from .packed_trainer import (
+    Groups,
+    MetricsCallback,
+    NoLastCheckpoint,
+    PackedTrainer,
+    QuietProgress,
+    sorted_checkpoints,
+    training_arguments,
+)
 from .packing import Group
 from .references import REFERENCE_ADAPTER, is_peft, reference_of
-from .rewards import Reward, call_reward
-from .rewards import load_reward as load_reward  # spa imports it from here
+from .rewards import Reward, Rewards, call_reward
 from .run_folder import (
     RunFolder,
     put_in_place,
@@ -41,14 +52,6 @@ from .run_folder import (
     require_space,
     write_json,
     write_rows,
-)
-from .trainer import (
-    Groups,
-    MetricsCallback,
-    PreferenceTrainer,
-    QuietProgress,
-    sorted_checkpoints,
-    training_arguments,
 )
 
 INIT = "init"
@@ -60,6 +63,22 @@ def stage_seed(seed: int, *names: str | int) -> int:
     return zlib.crc32(":".join(map(str, (seed, *names))).encode()) & 0x7FFFFFFF
 
 
+class Evaluated(NamedTuple):
+    """A model that is evaluated, and the prompts that it is given.
+
+    Args:
+        key: Name of its row and files.
+        name: What tables call it.
+        stage: The stage whose weights it has.
+        prompt_ids: What it answers, one prompt for each of the evaluation's.
+    """
+
+    key: str
+    name: str
+    stage: str
+    prompt_ids: Sequence[list[int]]
+
+
 class Pipeline:
     """The parts, over one run folder and one copy of the policy's weights.
 
@@ -68,7 +87,7 @@ class Pipeline:
         algorithm: Name of the algorithm.
     """
 
-    def __init__(self, settings: SPASettings, algorithm: str):
+    def __init__(self, settings: RunSettings, algorithm: str):
         self.settings = settings
         # Said now: else each of several processes on CPUs would take itself for the only one.
         self.process = PartialState(cpu=not torch.accelerator.is_available())
@@ -80,7 +99,7 @@ class Pipeline:
             overwrite=settings.overwrite,
             main_process=self.process.is_main_process,
         )
-        self.training_arguments(INIT, num_pairs=1, epochs=1)  # for what it refuses
+        self.training_arguments(INIT, num_groups=1, epochs=1)  # for what it refuses
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             settings.model.tokenizer or settings.model.path
         )
@@ -129,7 +148,7 @@ class Pipeline:
         verify_head(policy)
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         size = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
-        models = size * (2 + self.settings.iterations)
+        models = size * (1 + self.settings.num_models)
         checkpoint = 2 * (size + 8 * trained)  # the new one is written before the old one goes
         require_space(self.run.path, models + checkpoint)
 
@@ -149,7 +168,8 @@ class Pipeline:
         *,
         epochs: int = 1,
         max_steps: int | None = None,
-        trainer_class: type[PreferenceTrainer] = PreferenceTrainer,
+        trainer_class: type[PackedTrainer],
+        learning_rate: float | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Train ``start``'s weights on ``groups`` and keep the result as ``stage``'s.
@@ -157,10 +177,11 @@ class Pipeline:
         Args:
             stage: Name of the stage.
             start: The stage whose weights to start from.
-            groups: Pairs, chosen first.
+            groups: What to train on; of a pair, the chosen response first.
             epochs: Epochs over them.
             max_steps: Optimiser steps, in the place of ``epochs``.
             trainer_class: The trainer.
+            learning_rate: In the place of the settings'.
             **kwargs: Its further arguments; a callable ``reference`` is called to make one.
 
         Returns:
@@ -175,7 +196,11 @@ class Pipeline:
             kwargs["reference"] = reference(policy)
         checkpoints = self.folder(stage) / "checkpoints"
         arguments = self.training_arguments(
-            stage, num_pairs=len(groups), epochs=epochs, max_steps=max_steps
+            stage,
+            learning_rate=learning_rate,
+            num_groups=len(groups),
+            epochs=epochs,
+            max_steps=max_steps,
         )
         self.holds = None  # from here on the weights are neither the old stage's nor the new one's
         trainer = trainer_class(
@@ -184,8 +209,10 @@ class Pipeline:
             train_dataset=Groups(groups),
             processing_class=self.tokenizer,  # saved beside the weights
             max_tokens=settings.training.max_tokens,
-            beta=settings.beta,
-            callbacks=[MetricsCallback(lambda step, logs: self._log(stage, step, logs))],
+            callbacks=[
+                MetricsCallback(lambda step, logs: self._log(stage, step, logs)),
+                NoLastCheckpoint(),
+            ],
             **kwargs,
         )
         trainer.remove_callback(PrinterCallback)
@@ -214,7 +241,7 @@ class Pipeline:
             self.policy = None  # sharded in place; the next stage reads it from the folder
         return facts
 
-    def _save(self, stage: str, trainer: PreferenceTrainer) -> None:
+    def _save(self, stage: str, trainer: PackedTrainer) -> None:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         if is_peft(policy) and REFERENCE_ADAPTER in policy.peft_config:
             policy.delete_adapter(REFERENCE_ADAPTER)  # π_{i-1}, which has its own folder
@@ -228,21 +255,26 @@ class Pipeline:
         if self.process.is_main_process:
             put_in_place(temporary, final)
 
-    def training_arguments(self, stage: str, **counts: Any) -> TrainingArguments:
+    def training_arguments(
+        self, stage: str, *, learning_rate: float | None = None, **counts: Any
+    ) -> TrainingArguments:
         """Return transformers' arguments for a stage.
 
         Raises:
             RunError: A setting is not one that transformers takes.
         """
+        training: TrainingSettings = self.settings.training
+        if learning_rate is not None:
+            training = dataclasses.replace(training, learning_rate=learning_rate)
         return training_arguments(
-            self.settings.training,
+            training,
             self.folder(stage) / "checkpoints",
             seed=stage_seed(self.settings.seed, stage),
             num_processes=self.process.num_processes,
             **counts,
         )
 
-    def _after_training(self, stage: str, trainer: PreferenceTrainer) -> dict[str, Any]:
+    def _after_training(self, stage: str, trainer: PackedTrainer) -> dict[str, Any]:
         """Keep what a trainer learned besides the weights; an algorithm may override it."""
         return {}
 
@@ -287,26 +319,24 @@ class Pipeline:
         self,
         name: str,
         stage: str,
-        prompts: Dataset,
+        prompt_ids: Sequence[list[int]],
         *,
-        samples: int | None = None,
+        samples: int,
     ) -> list[dict[str, Any]]:
-        """Sample responses to each prompt from ``stage``'s policy.
+        """Sample ``samples`` responses to each prompt from ``stage``'s policy.
 
         Returns:
             A row for each prompt: ``prompt_ids`` and, for each response, ``ids`` and ``cut``.
         """
-        generation = self.settings.generation
-        prompt_ids = [list(ids) for ids in prompts["prompt_ids"]]
         generator: Generator | None = None  # made when there is something left to generate
 
         def work(chunk: Sequence[list[int]], seed: int) -> list[dict[str, Any]]:
             nonlocal generator
             if generator is None:
-                generator = self._generator(stage, samples or generation.samples_per_prompt)
+                generator = self._generator(stage, samples)
             return [
                 {
-                    "prompt_ids": ids,
+                    "prompt_ids": list(ids),
                     "ids": [list(c.ids) for c in completions],
                     "cut": [c.cut for c in completions],
                 }
@@ -315,7 +345,7 @@ class Pipeline:
                 )
             ]
 
-        return self.chunked(name, prompt_ids, work, generation.chunk_size)
+        return self.chunked(name, prompt_ids, work, self.settings.generation.chunk_size)
 
     def _generator(self, stage: str, samples: int) -> Generator:
         g: GenerationSettings = self.settings.generation
@@ -360,30 +390,62 @@ class Pipeline:
         else:
             yield self.load(stage)
 
-    # Evaluation
-
-    def evaluate(self, models: Sequence[tuple[str, str]], prompts: Dataset, reward: Reward) -> None:
-        """Sample a response to each prompt from each model and compare rewards with the first's.
-
-        Writes ``evaluation/<stage>.jsonl`` and ``evaluation.json``.
+    def reward(
+        self,
+        name: str,
+        rewards: Rewards,
+        prompts: Sequence[Text],
+        completions: Sequence[Sequence[str]],
+        size: int,
+    ) -> list[list[float]]:
+        """Return the reward of each of each prompt's completions.
 
         Args:
-            models: Stage and shown name of each model; the first is the baseline.
-            prompts: Tokenised prompts.
+            name: Folder of the chunks' files, under the run's.
+            rewards: The rewards.
+            prompts: A prompt for each row, as the reward functions get it.
+            completions: Its completions.
+            size: Prompts given to the functions at a time.
+        """
+
+        def work(chunk: Sequence[tuple[int, Text, Sequence[str]]], seed: int) -> list[dict]:
+            flat = [(prompt, text) for _, prompt, texts in chunk for text in texts]
+            scores = rewards.score(
+                [prompt for prompt, _ in flat], [text for _, text in flat], first_row=chunk[0][0]
+            )
+            found = iter(scores)
+            return [{"rewards": [next(found) for _ in texts]} for _, _, texts in chunk]
+
+        rows = list(zip(itertools.count(), prompts, completions))
+        with rewards.on_device(self.process.device):
+            return [row["rewards"] for row in self.chunked(name, rows, work, size)]
+
+    # Evaluation
+
+    def evaluate(self, models: Sequence[Evaluated], prompts: Dataset, reward: Reward) -> None:
+        """Sample a response to each prompt from each model and compare rewards with the first's.
+
+        Writes ``evaluation/<key>.jsonl`` and ``evaluation.json``.
+
+        Args:
+            models: The models; the first is the baseline.
+            prompts: The prompts, as the reward gets them.
             reward: The reward.
         """
-        texts = [as_text(prompt) for prompt in prompts["prompt"]]
+        given = list(prompts["prompt"])
+        texts = [as_text(prompt) for prompt in given]
         rewards: dict[str, list[float]] = {}
         table = []
-        for stage, name in models:
-            rows = self.generate(f"evaluation/{stage}/generated", stage, prompts, samples=1)
+        for key, name, stage, prompt_ids in models:
+            rows = self.generate(f"evaluation/{key}/generated", stage, prompt_ids, samples=1)
             completions = [self.decode(row["ids"][0]) for row in rows]
-            rewards[stage] = call_reward(reward, texts, completions)
+            with Rewards(reward).on_device(self.process.device):
+                rewards[key] = call_reward(reward, given, completions)
             tokens = [len(row["ids"][0]) for row in rows]
             cut = [row["cut"][0] for row in rows]
             if self.process.is_main_process:
                 write_rows(
-                    self.run.path / "evaluation" / f"{stage}.jsonl",
+                    self.run.path / "evaluation" / f"{key}.jsonl",
                     (
                         dict(
                             zip(
@@ -392,21 +454,21 @@ class Pipeline:
                                 strict=True,
                             )
                         )
-                        for row in zip(texts, completions, rewards[stage], tokens, cut, strict=True)
+                        for row in zip(texts, completions, rewards[key], tokens, cut, strict=True)
                     ),
                 )
-            baseline = rewards[models[0][0]]
+            baseline = rewards[models[0].key]
             wins = [
                 0.5 + 0.5 * ((ours > theirs) - (ours < theirs))
-                for ours, theirs in zip(rewards[stage], baseline, strict=True)
+                for ours, theirs in zip(rewards[key], baseline, strict=True)
             ]
             table.append(
                 {
                     "name": name,
-                    "key": stage,
+                    "key": key,
                     "win_rate": statistics.fmean(wins),
                     "win_rate_stderr": statistics.pstdev(wins) / math.sqrt(len(wins)),
-                    "mean_reward": statistics.fmean(rewards[stage]),
+                    "mean_reward": statistics.fmean(rewards[key]),
                     "mean_tokens": statistics.fmean(tokens),
                     "cut_share": statistics.fmean(cut),
                     "steps": self.steps_of(stage),

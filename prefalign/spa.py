@@ -6,54 +6,55 @@ parts that it is put together from are in ``pipeline``.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from datasets import Dataset
 
-from .config import SPASettings
-from .data import (
-    as_text,
-    hold_out,
-    load_preferences,
-    load_prompts,
-    split_prompts,
-    warn_shared_prompts,
-)
-from .errors import CollapseError
+from .data import hold_out, split_prompts, warn_shared_prompts
 from .gauge import read_gauge
 from .kernels.pairwise_preference_logits import pairwise_preference_logits
+from .loop import Arm, Run
 from .noise_aware import NoiseAwareTrainer
+from .packed_trainer import PackedTrainer
 from .packing import Group
-from .pipeline import INIT, Pipeline, Reward, call_reward, load_reward
+from .pipeline import INIT, Evaluated, Pipeline
 from .references import snapshot_reference
-from .report import write_report
-from .run_folder import StepLog, read_rows, write_rows
-from .tokenization import (
-    check_vocabulary,
-    groups_from_pairs,
-    is_conversational,
-    tokenize_preferences,
-    tokenize_prompts,
-)
+from .rewards import call_reward
+from .run_folder import read_rows, write_rows
+from .spa_config import SPASettings
+from .tokenization import groups_from_pairs, is_conversational
 from .trainer import PreferenceTrainer
 
-logger = logging.getLogger(__name__)
-
 SEED, CONTROL, ALL_LABELS = "seed", "control", "all-labels"
+ITSELF = Arm(SEED)
 
 
-def iteration_stage(i: int) -> str:
-    """Return the name of iteration i's stage; π_0 is the seed's."""
-    return SEED if i == 0 else f"iteration-{i}"
+class SPAPipeline(Pipeline):
+    """The parts, with the noise flags that training leaves."""
+
+    def _after_training(self, stage: str, trainer: PackedTrainer) -> dict[str, Any]:
+        if not isinstance(trainer, NoiseAwareTrainer):
+            return {}
+        judged = {
+            int(example): (confidence, None if math.isnan(noisy) else bool(noisy))
+            for example, confidence, noisy in trainer.threshold.rows()
+        }
+        path = self.folder(stage) / "pairs.jsonl"
+        if self.process.is_main_process:
+            rows = read_rows(path)
+            for row in rows:
+                row["confidence"], row["noisy"] = judged.get(row["example_id"], (None, None))
+            write_rows(path, rows)
+        flags = [noisy for _, noisy in judged.values() if noisy is not None]
+        share = sum(flags) / len(flags) if flags else None
+        return {"noisy_share": share, "pairs_examined": len(flags)}
 
 
-class SPA:
-    """The whole algorithm, over one output folder.
+class SPA(Run[SPASettings]):
+    """The whole algorithm, over one output folder. ``Run.run`` is its loop.
 
     Args:
         settings: Every setting; the paper's values are the defaults.
@@ -62,111 +63,96 @@ class SPA:
         UserError: Something in the settings, the data or the model cannot be used; before training.
     """
 
-    def __init__(self, settings: SPASettings):
-        settings.validate()
-        self.settings = settings
-        self.reward: Reward | None = None
-        if settings.evaluation.reward:
-            self.reward = load_reward(settings.evaluation.reward)
-        self.parts = SPAPipeline(settings, "spa")
-        self.tokenizer = self.parts.tokenizer
-        self.parts.check_model()
-        self._read_data()
-        self.parts.begin()
-
-    def run(self) -> None:
-        """Run the algorithm, or what is left of it."""
-        settings, parts = self.settings, self.parts
-        self.say(
-            f"{SEED}: DPO on {len(self.seed_pairs)} labelled pairs; "
-            f"{len(self.held_out)} more are held out to watch the judge"
-        )
-        self.train_seed()
-        for i in range(1, settings.iterations + 1):
-            stage, previous = iteration_stage(i), iteration_stage(i - 1)
-            responses = self.generate(stage, previous, self.prompts[i - 1])
-            pairs, held_out_margins = self.judge(stage, previous, responses)
-            self.read_gauge(stage, responses, pairs, held_out_margins)
-            self.train_iteration(i, pairs)
-            self.report()
-        self.train_controls()
-        if self.reward is not None:
-            parts.evaluate(self.models(), self.eval_prompts, self.reward)
-        self.report()
+    algorithm = "spa"
+    pipeline = SPAPipeline
 
     # 0. The data
 
-    def _read_data(self) -> None:
-        settings, tokenizer = self.settings, self.tokenizer
-        lengths = {
-            "max_length": settings.data.max_length,
-            "max_prompt_length": settings.data.max_prompt_length,
-        }
-
-        def pairs(source: str) -> Dataset:
-            rows = load_preferences(source)
-            return checked(tokenize_preferences(rows, tokenizer, source=source, **lengths), source)
-
-        def prompts(source: str) -> Dataset:
-            # Beside conversations, a plain prompt is a user's message.
-            rows = load_prompts(source, conversational=is_conversational(labelled))
-            return checked(tokenize_prompts(rows, tokenizer, source=source, **lengths), source)
-
-        def checked(rows: Dataset, source: str) -> Dataset:
-            check_vocabulary(rows, self.parts.vocabulary, source)
-            return rows
-
-        labelled = pairs(settings.data.preferences)
+    def read_data(self) -> None:
+        """Read the labelled seed, of which a part is held out, and the fresh prompts."""
+        settings = self.settings
+        self.labelled = self.read_pairs(settings.data.preferences)
         self.seed_pairs, self.held_out = hold_out(
-            labelled,
+            self.labelled,
             fraction=settings.gauge.holdout,
             minimum=settings.gauge.holdout_minimum,
             seed=settings.seed,
             source=settings.data.preferences,
         )
-        self.prompts: list[Dataset] = []
         if settings.iterations:
-            fresh = prompts(settings.data.prompts)
-            sizes = settings.data.prompts_per_iteration
+            fresh = self.read_prompts(settings.data.prompts)
             self.prompts = split_prompts(
                 fresh,
-                sizes,
+                settings.data.prompts_per_iteration,
                 iterations=settings.iterations,
                 seed=settings.seed,
                 source=settings.data.prompts,
             )
-            warn_shared_prompts(labelled, fresh, source=settings.data.prompts)
-        if self.reward is not None:
-            assert settings.evaluation.prompts is not None
-            self.eval_prompts = prompts(settings.evaluation.prompts)
+            warn_shared_prompts(self.labelled, fresh, source=settings.data.prompts)
         if settings.evaluation.all_labels:
-            self.all_pairs = pairs(settings.evaluation.all_labels)
+            self.all_pairs = self.read_pairs(settings.evaluation.all_labels)
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the labelled pairs are conversations."""
+        return is_conversational(self.labelled)
+
+    def arms(self) -> Sequence[Arm]:
+        """Return the one way through the iterations."""
+        return (ITSELF,)
 
     # 1. Seed: π_0 is DPO on the human labels, against π_init
 
-    def train_seed(self) -> None:
+    def start(self) -> None:
         """Train π_0."""
+        self.say(
+            f"{SEED}: DPO on {len(self.seed_pairs)} labelled pairs; "
+            f"{len(self.held_out)} more are held out to watch the judge"
+        )
         groups = self.with_reference("seed/reference", INIT, groups_from_pairs(self.seed_pairs))
-        self.parts.train(SEED, INIT, groups, epochs=self.settings.training.seed_epochs)
+        self.train_dpo(SEED, groups, epochs=self.settings.training.seed_epochs)
 
-    def with_reference(self, name: str, stage: str, groups: Sequence[Group]) -> list[Group]:
-        """Return pairs with the log-probs that ``stage``'s policy gives their responses."""
-        logps = self.parts.score(name, stage, groups)
-        return [
-            Group(g.prompt_ids, g.response_ids, g.example_id, {"reference_logps": values})
-            for g, values in zip(groups, logps, strict=True)
-        ]
+    def train_dpo(self, stage: str, groups: Sequence[Group], **length: Any) -> None:
+        """Train plain DPO on labels, from π_init."""
+        self.parts.train(
+            stage,
+            INIT,
+            groups,
+            trainer_class=PreferenceTrainer,
+            beta=self.settings.beta,
+            **length,
+        )
 
     # 2a. Generate K responses to each fresh prompt from π_{i-1}
 
-    def generate(self, stage: str, previous: str, prompts: Dataset) -> list[dict[str, Any]]:
+    def generate(self, arm: Arm, i: int, prompts: Dataset) -> list[dict[str, Any]]:
         """Sample responses; a row for each prompt."""
-        rows = self.parts.generate(f"{stage}/generated", previous, prompts)
+        rows = self.parts.generate(
+            f"{arm.stage(i)}/generated",
+            arm.stage(i - 1),
+            prompts["prompt_ids"],
+            samples=self.settings.generation.samples_per_prompt,
+        )
         return [
             {"prompt": prompt, **row} for prompt, row in zip(prompts["prompt"], rows, strict=True)
         ]
 
     # 2b. Judge them by π_{i-1}'s own logits, against π_init (equation 7)
+
+    def score(self, arm: Arm, i: int, responses: list[dict[str, Any]]) -> list[Group]:
+        """Judge the responses, watch the judge, and return the pairs it makes."""
+        stage, previous = arm.stage(i), arm.stage(i - 1)
+        pairs, held_out_margins = self.judge(stage, previous, responses)
+        self.watch(stage, responses, pairs, held_out_margins)
+        return [
+            Group(
+                pair["prompt_ids"],
+                (pair["chosen_ids"], pair["rejected_ids"]),
+                pair["example_id"],
+                {"reference_logps": pair["reference_logps"]},
+            )
+            for pair in pairs
+        ]
 
     def judge(
         self, stage: str, previous: str, responses: list[dict[str, Any]]
@@ -237,7 +223,7 @@ class SPA:
                 return policy, [[0.0] * len(logps) for logps in policy]
             case "previous":
                 i = 0 if previous == SEED else int(previous.rsplit("-", 1)[1])
-                against = INIT if i == 0 else iteration_stage(i - 1)
+                against = INIT if i == 0 else ITSELF.stage(i - 1)
             case _:
                 against = INIT
         return policy, self.parts.score(f"{stage}/reference_logps", against, groups)
@@ -259,7 +245,7 @@ class SPA:
 
     # The gauge, before anything is trained on the labels
 
-    def read_gauge(
+    def watch(
         self,
         stage: str,
         responses: list[dict[str, Any]],
@@ -267,12 +253,6 @@ class SPA:
         held_out_margins: list[float],
     ) -> None:
         """Read the gauge; warn, or stop the run, where a reading is past its threshold."""
-        gauge = StepLog(self.parts.run.path / "gauge.jsonl")
-        taken = gauge.rows(stage)
-        self.parts.process.wait_for_everyone()  # all have looked before one writes
-        if taken:
-            self.stop_on_collapse(stage, taken[-1]["warnings"])
-            return
         labelled = [
             len(ids)
             for rows in (self.seed_pairs, self.held_out)
@@ -280,39 +260,23 @@ class SPA:
             for ids in rows[column]
         ]
         reading = read_gauge(
-            held_out_margins,
             [n for row in responses for n in row["tokens"]],
             [c for row in responses for c in row["cut"]],
             sum(labelled) / len(labelled),
+            held_out_margins,
         )
-        warnings = reading.warnings(self.settings.gauge)
         self.say(
             f"{stage}: {len(pairs)} pairs from {len(responses)} prompts; the judge orders "
             f"{reading.judge_accuracy:.0%} of the held-out labels rightly; responses average "
             f"{reading.mean_tokens:.1f} tokens, {reading.cut_share:.0%} cut"
         )
-        for warning in warnings:
-            self.say(f"{stage}: warning: {warning}")
-        if self.parts.process.is_main_process:
-            row = {"stage": stage, "step": 0, **asdict(reading), "warnings": warnings}
-            gauge.append([row | self.label_accuracy(pairs)])
-        self.parts.process.wait_for_everyone()
-        self.stop_on_collapse(stage, warnings)
-
-    def stop_on_collapse(self, stage: str, warnings: list[str]) -> None:
-        """Stop the run where the gauge warned and the settings say so."""
-        if warnings and self.settings.gauge.on_collapse == "stop":
-            self.report()
-            raise CollapseError(
-                f"{stage}: stopped before training: {'; '.join(warnings)} "
-                "(go on with --resume --gauge.on_collapse warn)"
-            )
+        self.record_gauge(stage, self.settings.gauge, reading, **self.label_accuracy(pairs))
 
     def label_accuracy(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """Return how often the judge's labels agree with the evaluation's reward, ties left out."""
         if self.reward is None or not pairs:
             return {"label_accuracy": None, "label_pairs": 0}
-        prompts = [as_text(pair["prompt"]) for pair in pairs]
+        prompts = [pair["prompt"] for pair in pairs]
         chosen, rejected = (
             call_reward(self.reward, prompts, [pair[side] for pair in pairs])
             for side in ("chosen", "rejected")
@@ -323,25 +287,17 @@ class SPA:
 
     # 2c. Train π_i from π_{i-1} on its own labels, against π_{i-1}, with the noise-aware loss
 
-    def train_iteration(self, i: int, pairs: list[dict[str, Any]]) -> None:
+    def train(self, arm: Arm, i: int, examples: Sequence[Group]) -> None:
         """Train π_i."""
-        groups = [
-            Group(
-                pair["prompt_ids"],
-                (pair["chosen_ids"], pair["rejected_ids"]),
-                pair["example_id"],
-                {"reference_logps": pair["reference_logps"]},
-            )
-            for pair in pairs
-        ]
         noise = self.settings.noise
         extrapolation = noise.lambdas[min(i, len(noise.lambdas)) - 1]
         self.parts.train(
-            iteration_stage(i),
-            iteration_stage(i - 1),
-            groups,
+            arm.stage(i),
+            arm.stage(i - 1),
+            examples,
             epochs=self.settings.training.epochs,
             trainer_class=NoiseAwareTrainer,
+            beta=self.settings.beta,
             reference=snapshot_reference if extrapolation else None,
             noise=noise,
             extrapolation=extrapolation,
@@ -349,59 +305,28 @@ class SPA:
 
     # 3. What to compare with
 
-    def train_controls(self) -> None:
+    def compare(self) -> None:
         """Train the controls: plain DPO for as many steps as SPA took in all."""
         evaluation = self.settings.evaluation
-        steps = self.parts.steps_of(iteration_stage(self.settings.iterations))
+        steps = self.parts.steps_of(ITSELF.stage(self.settings.iterations))
         if evaluation.control:
             groups = self.with_reference("seed/reference", INIT, groups_from_pairs(self.seed_pairs))
-            self.parts.train(CONTROL, INIT, groups, max_steps=steps)
+            self.train_dpo(CONTROL, groups, max_steps=steps)
         if evaluation.all_labels:
             rows = [
                 *groups_from_pairs(self.seed_pairs),
                 *groups_from_pairs(self.all_pairs),
             ]
             groups = self.with_reference(f"{ALL_LABELS}/reference", INIT, rows)
-            self.parts.train(ALL_LABELS, INIT, groups, max_steps=steps)
+            self.train_dpo(ALL_LABELS, groups, max_steps=steps)
 
-    def models(self) -> list[tuple[str, str]]:
-        """Return the stage and shown name of every model that the run has made."""
+    def models(self) -> list[Evaluated]:
+        """Return every model that the run has made."""
         named = [(INIT, "SFT"), (SEED, "seed DPO")]
         if self.settings.evaluation.control:
             named.append((CONTROL, "seed DPO, as many steps"))
-        named += [(iteration_stage(i), f"SPA {i}") for i in range(1, self.settings.iterations + 1)]
+        iterations = range(1, self.settings.iterations + 1)
+        named += [(ITSELF.stage(i), f"SPA {i}") for i in iterations]
         if self.settings.evaluation.all_labels:
             named.append((ALL_LABELS, "DPO, all labels"))
-        return named
-
-    def say(self, message: str) -> None:
-        """Tell the user, once and not from every process."""
-        if self.parts.process.is_main_process:
-            logger.info(message)
-
-    def report(self) -> None:
-        """Write ``report.html`` over what there is."""
-        if self.parts.process.is_main_process:
-            write_report(self.parts.run.path)
-        self.parts.process.wait_for_everyone()
-
-
-class SPAPipeline(Pipeline):
-    """The parts, with the noise flags that training leaves."""
-
-    def _after_training(self, stage: str, trainer: PreferenceTrainer) -> dict[str, Any]:
-        if not isinstance(trainer, NoiseAwareTrainer):
-            return {}
-        judged = {
-            int(example): (confidence, None if math.isnan(noisy) else bool(noisy))
-            for example, confidence, noisy in trainer.threshold.rows()
-        }
-        path = self.folder(stage) / "pairs.jsonl"
-        if self.process.is_main_process:
-            rows = read_rows(path)
-            for row in rows:
-                row["confidence"], row["noisy"] = judged.get(row["example_id"], (None, None))
-            write_rows(path, rows)
-        flags = [noisy for _, noisy in judged.values() if noisy is not None]
-        share = sum(flags) / len(flags) if flags else None
-        return {"noisy_share": share, "pairs_examined": len(flags)}
+        return [self.evaluated(stage, name) for stage, name in named]

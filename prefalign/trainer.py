@@ -1,78 +1,27 @@
-"""Preference training on packed batches: a ``transformers.Trainer`` whose loss is ours.
+"""Preference training on packed batches: DPO and its relatives.
 
-Everything that is not the loss or the batch (optimiser, schedule, accumulation, mixed precision,
-logging, checkpoints, distribution) is the Trainer's. A batch of its data loader is a list of
-*passes*, packed batches of at most ``max_tokens`` tokens; each is one forward and backward.
+The pairs' first responses are the chosen ones. ``packed_trainer`` has everything that is not the
+loss.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers import TrainingArguments
 
-from .config import TrainingSettings
-from .errors import RunError
-from .kernels.linear_token_logps import linear_token_logps
 from .kernels.preference_loss import preference_loss
-from .kernels.sequence_logps import sequence_logps
-from .models import Reference, head_arguments, read_head, target_hidden
-from .packing import Group, PackedBatch, pack, split_by_tokens
-from .references import REFERENCE_ADAPTER
-from .run_folder import remove
+from .models import Reference, target_hidden
+from .packed_trainer import Groups, PackedTrainer
+from .packing import PackedBatch
 
 CHOSEN, REJECTED = slice(0, None, 2), slice(1, None, 2)
 """The chosen and rejected responses of a packed batch of pairs, chosen first in each."""
 
 
-class Groups(torch.utils.data.Dataset):
-    """A map-style dataset of groups, as the data loader wants it.
-
-    Args:
-        groups: One for each example; a pair has two responses, chosen first.
-    """
-
-    def __init__(self, groups: Sequence[Group]):
-        self.groups = groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> Group:
-        return self.groups[index]
-
-
-class PackingCollator:
-    """Collate groups into passes of at most ``max_tokens`` tokens.
-
-    Args:
-        max_tokens: The budget of one pass, in tokens.
-    """
-
-    def __init__(self, max_tokens: int):
-        self.max_tokens = max_tokens
-
-    def __call__(self, groups: Sequence[Group]) -> dict[str, list[PackedBatch]]:
-        """Return ``{"passes": [PackedBatch, ...]}``."""
-        lengths = [group.num_tokens for group in groups]
-        return {
-            "passes": [
-                pack([groups[i] for i in indices])
-                for indices in split_by_tokens(lengths, self.max_tokens)
-            ]
-        }
-
-
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(PackedTrainer):
     """Train a causal language model on preference pairs, without logits and without padding.
 
     The loss is the mean of ``preference_loss`` over the pairs of an optimiser step, however they
@@ -82,14 +31,16 @@ class PreferenceTrainer(Trainer):
         model: A Hugging Face causal language model, or a PEFT model around one, prepared by
             ``prefalign.models.load_model`` (packed attention).
         args: transformers' arguments; a "batch" of theirs is pairs. See ``training_arguments``.
-        train_dataset: Pairs, as ``Groups``.
-        max_tokens: Tokens in one forward and backward pass.
+        train_dataset: Pairs, as ``Groups``. ``extras["weights"]`` of a pair multiplies its loss.
         reference: The reference policy. None takes the log-probs that travel with the pairs as
             ``extras["reference_logps"]``, one for each response.
         loss_type: A loss of ``preference_loss``.
         beta: Inverse temperature.
         label_smoothing: cDPO's share of flipped labels.
-        **kwargs: Anything else that ``transformers.Trainer`` takes.
+        weighted_mean: Divide a step's losses by the sum of their ``extras["weights"]``, and not by
+            their number.
+        **kwargs: Anything else that ``PackedTrainer`` (``max_tokens``) or ``transformers.Trainer``
+            takes.
     """
 
     def __init__(
@@ -98,33 +49,21 @@ class PreferenceTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Groups,
         *,
-        max_tokens: int = 16384,
         reference: Reference | None = None,
         loss_type: str = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        weighted_mean: bool = False,
         **kwargs: Any,
     ):
-        args.remove_unused_columns = False  # the examples are groups, not rows of a table
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            data_collator=PackingCollator(max_tokens),
-            **kwargs,
-        )
-        # The loss below is already divided by the number of pairs in the optimiser step.
-        self.model_accepts_loss_kwargs = True
+        super().__init__(model, args, train_dataset, **kwargs)
+        self.weighted_mean = weighted_mean
         self.reference = reference
         self.loss_type = loss_type
         self.beta = beta
         self.label_smoothing = label_smoothing
-        self._sums: dict[str, dict[str, Any]] = {"": {}, "eval_": {}}
-        self._staging = False
 
-    # The loss
-
-    def pair_losses(
+    def group_losses(
         self, model: torch.nn.Module, batch: PackedBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return each pair's loss, ``[B]`` with a graph, and its metrics, ``[B]`` each."""
@@ -142,174 +81,18 @@ class PreferenceTrainer(Trainer):
         )
         return out.losses, pair_metrics(out.chosen_rewards, out.rejected_rewards, policy)
 
-    def policy_logps(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
-        """Return the policy's log-prob of each response, ``[R]``."""
-        return self._response_logps(target_hidden(model, batch, through_wrapper=True), model, batch)
+    def weight(self, batch: PackedBatch) -> float:
+        """Return the number of pairs in a batch, or the sum of their weights."""
+        if self.weighted_mean:
+            return float(batch.extras["weights"].sum())
+        return super().weight(batch)
 
     def reference_logps(self, batch: PackedBatch) -> Tensor:
         """Return the reference's log-prob of each response, ``[R]``."""
         if self.reference is None:
             return batch.extras["reference_logps"]
         with torch.no_grad(), self.reference.use() as reference:
-            return self._response_logps(target_hidden(reference, batch), reference, batch)
-
-    def _response_logps(self, hidden: Tensor, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
-        head = read_head(self.accelerator.unwrap_model(model))
-        logps = linear_token_logps(hidden, targets=batch.targets, **head_arguments(head, hidden))
-        return sequence_logps(logps, cu_seqlens=batch.cu_targets).sums
-
-    # What the Trainer calls
-
-    def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Open autocast around the loss: the head and the reference run outside model.forward."""
-        stack = super().compute_loss_context_manager()
-        stack.enter_context(self.accelerator.autocast())
-        return stack
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ):
-        """Return a pass's share of the optimiser step's mean loss."""
-        batch = inputs["batch"]
-        losses, metrics = self.pair_losses(model, batch)
-        if num_items_in_batch != math.inf:
-            self._store("", losses, metrics, batch)
-        pairs = num_items_in_batch if num_items_in_batch is not None else losses.numel()
-        # Data parallelism averages gradients; the sum over processes is wanted.
-        loss = losses.sum() / pairs * self.accelerator.num_processes
-        return (loss, metrics) if return_outputs else loss
-
-    def training_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Run the passes of one batch; gradients are synchronised on the last one alone."""
-        passes = inputs["passes"]
-        syncs = self.accelerator.sync_gradients
-        in_step = self.accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-        )
-        if in_step:
-            # Sharded engines communicate in every pass: all processes must make as many.
-            count = torch.tensor([len(passes)], device=self.args.device)
-            most = int(self.accelerator.gather(count).max())
-            passes = passes + [passes[-1]] * (most - len(passes))
-        total = torch.zeros((), device=self.args.device)
-        for index, batch in enumerate(passes):
-            last = index == len(passes) - 1
-            filler = index >= len(inputs["passes"])
-            self.accelerator.gradient_state._set_sync_gradients(syncs and last)
-            context = (
-                contextlib.nullcontext()
-                if last or self.accelerator.distributed_type == DistributedType.DEEPSPEED
-                else self.accelerator.no_sync(model)
-            )
-            with context:
-                # A filler pass counts for nothing: divided by infinity.
-                items: Any = math.inf if filler else num_items_in_batch
-                total += super().training_step(model, {"batch": batch}, items)
-        return total
-
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """Return the batches of an optimiser step and how many pairs they hold in all."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = sum(batch.num_groups for inputs in batches for batch in inputs["passes"])
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(torch.tensor([pairs], device=device))
-            return batches, counts.sum()
-        return batches, pairs
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the mean loss of an evaluation batch; the metrics are gathered on the side."""
-        losses = []
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self._prepare_inputs(inputs)["passes"]:
-                loss, metrics = self.pair_losses(model, batch)
-                self._store("eval_", loss, metrics, batch)
-                losses.append(loss)
-        return torch.cat(losses).mean(), None, None
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count 6 floating-point operations for each parameter and token."""
-        tokens = sum(batch.num_tokens for batch in inputs["passes"])
-        assert self.model is not None
-        return 6 * tokens * sum(p.numel() for p in self.model.parameters())
-
-    # Metrics: summed on the device, read at a logging step
-
-    def _store(
-        self, prefix: str, losses: Tensor, metrics: dict[str, Tensor], batch: PackedBatch
-    ) -> None:
-        sums = self._sums[prefix]
-        totals: dict[str, Any] = {name: x.detach().double().sum() for name, x in metrics.items()}
-        totals |= {"num_tokens": batch.num_tokens, "pairs": losses.numel()}
-        for name, total in totals.items():
-            sums[name] = sums.get(name, 0) + total
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over the pairs seen since the last log line."""
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        sums = self._sums[prefix]
-        if sums:
-            names = sorted(sums)
-            values = torch.stack(
-                [
-                    torch.as_tensor(sums[n], dtype=torch.float64, device=self.args.device)
-                    for n in names
-                ]
-            )
-            if self.accelerator.num_processes > 1:
-                values = self.accelerator.reduce(values, "sum")
-            read = dict(zip(names, values.tolist(), strict=True))
-            pairs = read.pop("pairs")
-            logs[f"{prefix}num_tokens"] = read.pop("num_tokens")
-            logs.update({f"{prefix}{name}": value / pairs for name, value in read.items()})
-            sums.clear()
-        super().log(logs, start_time)
-
-    # Checkpoints: complete or absent
-
-    def _get_output_dir(self, trial) -> str:
-        output_dir = super()._get_output_dir(trial)
-        return os.path.join(output_dir, ".partial") if self._staging else output_dir
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # The Trainer writes file by file into the final folder, so a kill would leave a checkpoint
-        # that looks whole. It writes beside it here, and the folder is renamed.
-        self._staging = True
-        try:
-            staging = Path(self._get_output_dir(trial))
-            if self.args.should_save:
-                remove(staging)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            done = sorted_checkpoints(staging.parent)
-            for checkpoint in staging.glob("checkpoint-*"):
-                # π_{i-1}'s adapter does not change; where it is there, transformers 5.17
-                # reads it alone when it resumes, and not the policy's.
-                remove(checkpoint / REFERENCE_ADAPTER)
-                os.replace(checkpoint, staging.parent / checkpoint.name)
-            remove(staging)
-            keep = self.args.save_total_limit
-            for old in done[: len(done) + 1 - keep] if keep else []:
-                remove(old)
-        self.accelerator.wait_for_everyone()
-
-
-def sorted_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, the oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+            return self.response_logps(target_hidden(reference, batch), reference, batch)
 
 
 def pair_metrics(
@@ -325,111 +108,3 @@ def pair_metrics(
         "logps/chosen": policy_logps[CHOSEN].detach(),
         "logps/rejected": policy_logps[REJECTED].detach(),
     }
-
-
-class MetricsCallback(TrainerCallback):
-    """Hand every log line of the training loop to a function.
-
-    Args:
-        write: Called as ``write(step, logs)`` on the main process.
-    """
-
-    def __init__(self, write: Callable[[int, dict[str, float]], None]):
-        self.write = write
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Called by the Trainer after a log line."""
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            self.write(state.global_step, logs)
-
-
-class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar with a name, and without a printed line for every log.
-
-    Args:
-        name: What is trained.
-    """
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the loss and the margin beside the bar."""
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {n: logs[n] for n in ("loss", "rewards/margins") if n in logs}
-            self.training_bar.set_postfix({n.split("/")[-1]: f"{v:.3g}" for n, v in shown.items()})
-
-
-def training_arguments(
-    settings: TrainingSettings,
-    output_dir: str | os.PathLike[str],
-    *,
-    num_pairs: int,
-    epochs: int,
-    max_steps: int | None = None,
-    seed: int = 0,
-    num_processes: int = 1,
-) -> TrainingArguments:
-    """Translate our settings into transformers' arguments.
-
-    Args:
-        settings: The settings.
-        output_dir: Where checkpoints go.
-        num_pairs: Pairs in the training set.
-        epochs: Epochs over them.
-        max_steps: Optimiser steps, in the place of ``epochs``.
-        seed: Seed of the data's order.
-        num_processes: Processes that share ``settings.batch_size``.
-
-    Raises:
-        RunError: ``batch_size`` does not divide by the number of processes, or transformers refuses
-            a value.
-    """
-    if settings.batch_size % num_processes:
-        raise RunError(
-            f"training.batch_size: expected a multiple of the {num_processes} processes, "
-            f"got {settings.batch_size}"
-        )
-    steps = max_steps or epochs * -(-num_pairs // settings.batch_size)
-    values: dict[str, Any] = {
-        "output_dir": os.fspath(output_dir),
-        "per_device_train_batch_size": settings.batch_size // num_processes,
-        "gradient_accumulation_steps": 1,
-        "num_train_epochs": epochs,
-        "max_steps": max_steps or -1,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler,
-        "warmup_steps": round(settings.warmup_ratio * steps),
-        "optim": settings.optimizer,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "bf16": settings.mixed_precision == "bf16",
-        "fp16": settings.mixed_precision == "fp16",
-        "logging_steps": settings.logging_steps,
-        "logging_nan_inf_filter": False,  # the filter reads the loss from the device at every step
-        "save_steps": settings.save_steps,
-        "save_total_limit": 1,
-        "report_to": settings.report_to or "none",
-        "restore_callback_states_from_checkpoint": True,
-        "ddp_find_unused_parameters": False,
-        "seed": seed,
-        "use_cpu": not torch.accelerator.is_available(),
-    }
-    if settings.gradient_checkpointing:
-        values["gradient_checkpointing"] = True
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    try:
-        arguments = TrainingArguments(**{**values, **settings.arguments})
-    except (TypeError, ValueError, ImportError) as error:
-        raise RunError(f"training: {error}") from None
-    # Of several GPUs one process takes the first: transformers would split batches over all of
-    # them (nn.DataParallel), which packed ones cannot be. A launcher gives each its process.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

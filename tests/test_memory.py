@@ -9,9 +9,10 @@ from prefalign.attention import use_packed_attention
 from prefalign.generation import TransformersGenerator
 from prefalign.models import score
 from prefalign.noise_aware import NoiseAwareTrainer
+from prefalign.packed_trainer import Groups, training_arguments
 from prefalign.packing import pack
 from prefalign.references import snapshot_reference
-from prefalign.trainer import Groups, PreferenceTrainer, training_arguments
+from prefalign.trainer import PreferenceTrainer
 
 VOCAB = 16384  # several vocabulary tiles, and N * V far above any activation or weight
 
@@ -52,7 +53,7 @@ def test_a_training_step_and_an_evaluation_make_no_logits(wide, tmp_path, kind):
     model, groups, logits = wide
     kwargs = noise_kwargs(alpha_warmup=0.0) if kind == "noise" else {}
     trainer_class = kwargs.pop("trainer_class", PreferenceTrainer)
-    arguments = training_arguments(SETTINGS, tmp_path, num_pairs=24, epochs=1, max_steps=1)
+    arguments = training_arguments(SETTINGS, tmp_path, num_groups=24, epochs=1, max_steps=1)
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = 24
     arguments.save_strategy = "no"
     trainer = trainer_class(

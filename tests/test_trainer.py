@@ -27,15 +27,16 @@ from training import (
 from prefalign.attention import use_packed_attention
 from prefalign.config import TrainingSettings
 from prefalign.noise_aware import NoiseAwareTrainer, NoiseThreshold
-from prefalign.packing import Group
-from prefalign.references import snapshot_reference
-from prefalign.trainer import (
+from prefalign.packed_trainer import (
     Groups,
     MetricsCallback,
-    PreferenceTrainer,
+    NoLastCheckpoint,
     sorted_checkpoints,
     training_arguments,
 )
+from prefalign.packing import Group
+from prefalign.references import snapshot_reference
+from prefalign.trainer import PreferenceTrainer
 
 LN2 = torch.tensor(2.0).log()
 
@@ -63,13 +64,13 @@ def test_the_first_loss_is_ln_2_for_every_pair_exactly(mixed_precision):
     seen = []
 
     class Watching(PreferenceTrainer):
-        def pair_losses(self, model, batch):
-            losses, metrics = super().pair_losses(model, batch)
+        def group_losses(self, model, batch):
+            losses, metrics = super().group_losses(model, batch)
             seen.append((self.state.global_step, losses.detach(), metrics["rewards/margins"]))
             return losses, metrics
 
     groups = random_groups(12)
-    arguments = training_arguments(settings, "unused", num_pairs=12, epochs=1, max_steps=1)
+    arguments = training_arguments(settings, "unused", num_groups=12, epochs=1, max_steps=1)
     arguments.save_strategy = "no"
     Watching(model, arguments, Groups(groups), max_tokens=48, reference=reference).train()
     assert len(seen) > 1  # several passes
@@ -163,6 +164,19 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path):
     resumed, _ = train(tmp_path / "resumed", groups, epochs=2, resume=str(middle))
     assert torch.equal(weights(whole), weights(resumed))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_last_steps_checkpoint_is_left_out(tmp_path):
+    # Resuming from it, transformers 5 took a seventh step.
+    every = replace(SETTINGS, save_steps=1, arguments={"save_total_limit": 10})
+    run = {"max_steps": 6, "settings": every, "callbacks": [NoLastCheckpoint()]}
+    whole, _ = train(tmp_path / "whole", random_groups(16), **run)
+    last = sorted_checkpoints(tmp_path / "whole")[-1]
+    assert last.name == "checkpoint-5"
+    run["callbacks"] = [NoLastCheckpoint()]
+    resumed, _ = train(tmp_path / "resumed", random_groups(16), resume=str(last), **run)
+    assert resumed.state.global_step == 6
+    assert torch.equal(weights(whole), weights(resumed))
 
 
 class StopsWhileSaving(Exception):
@@ -308,7 +322,7 @@ def test_a_resumed_lora_run_ends_in_the_same_weights(tmp_path):
         kwargs = noise_kwargs()
         trainer = kwargs.pop("trainer_class")(
             model,
-            training_arguments(settings, folder, num_pairs=16, epochs=2),
+            training_arguments(settings, folder, num_groups=16, epochs=2),
             Groups(groups),
             max_tokens=48,
             reference=snapshot_reference(model),
@@ -329,7 +343,7 @@ def test_a_resumed_lora_run_ends_in_the_same_weights(tmp_path):
 def test_packed_losses_and_gradients_equal_one_sequence_at_a_time_in_float64(tmp_path, max_tokens):
     groups = random_groups(6)
     model, reference = model_and_reference(dtype=torch.float64)
-    arguments = training_arguments(SETTINGS, tmp_path, num_pairs=6, epochs=1)
+    arguments = training_arguments(SETTINGS, tmp_path, num_groups=6, epochs=1)
     trainer = PreferenceTrainer(
         model, arguments, Groups(groups), max_tokens=max_tokens, reference=reference
     )
@@ -342,7 +356,7 @@ def test_packed_losses_and_gradients_equal_one_sequence_at_a_time_in_float64(tmp
         each.set_attn_implementation("sdpa")  # transformers' eager softmax is float32
     packed = {}
     for batch in trainer.data_collator(groups)["passes"]:
-        losses, _ = trainer.pair_losses(model, batch)
+        losses, _ = trainer.group_losses(model, batch)
         losses.sum().backward()
         packed |= dict(zip(batch.example_ids.tolist(), losses.tolist(), strict=True))
     for group in groups:

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from tiny_models import tiny_model
 
 from prefalign.attention import use_packed_attention
-from prefalign.config import NoiseSettings, TrainingSettings
+from prefalign.config import TrainingSettings
 from prefalign.noise_aware import NoiseAwareTrainer
+from prefalign.packed_trainer import Groups, MetricsCallback, training_arguments
 from prefalign.packing import Group
 from prefalign.references import snapshot_reference
-from prefalign.trainer import Groups, MetricsCallback, PreferenceTrainer, training_arguments
+from prefalign.spa_config import NoiseSettings
+from prefalign.trainer import PreferenceTrainer
 
 SETTINGS = TrainingSettings(
     learning_rate=1e-3, batch_size=4, max_tokens=48, logging_steps=1, save_steps=2
@@ -41,7 +43,11 @@ def train(tmp_path, groups, trainer_class=PreferenceTrainer, settings=SETTINGS, 
     model, reference = model_and_reference()
     logs = []
     arguments = training_arguments(
-        settings, tmp_path, num_pairs=len(groups), epochs=kwargs.pop("epochs", 1)
+        settings,
+        tmp_path,
+        num_groups=len(groups),
+        epochs=kwargs.pop("epochs", 1),
+        max_steps=kwargs.pop("max_steps", None),
     )
     resume = kwargs.pop("resume", None)
     trainer = trainer_class(
@@ -105,7 +111,7 @@ def main(folder, kind):
     kwargs = noise_kwargs() if kind == "noise" else {"trainer_class": PreferenceTrainer}
     trainer_class = kwargs.pop("trainer_class")
     arguments = training_arguments(
-        settings, f"{folder}/checkpoints", num_pairs=16, epochs=2, num_processes=world
+        settings, f"{folder}/checkpoints", num_groups=16, epochs=2, num_processes=world
     )
     trainer = trainer_class(
         model,

@@ -1,0 +1,229 @@
+"""What every command does around its algorithm: one loop, and algorithms that plug into it.
+
+    start                                   train π_0, from labels or demonstrations
+    for each arm, for i = 1, 2, ...:        an algorithm is one arm; each of its baselines another
+        generate                            responses of π_{i-1}
+        score                               examples from them: by a judge, by rewards
+        train                               π_i
+    compare, evaluate, report
+
+An algorithm is a subclass of ``Run`` that says what these are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from datasets import Dataset
+
+from .config import GaugeSettings, RunSettings
+from .data import load_preferences, load_prompts, load_sft
+from .errors import CollapseError
+from .gauge import GaugeReading
+from .packing import Group
+from .pipeline import Evaluated, Pipeline
+from .report import write_report
+from .rewards import Reward, load_reward
+from .run_folder import StepLog
+from .tokenization import (
+    check_vocabulary,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_sft,
+)
+
+logger = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+class Arm(NamedTuple):
+    """One way to go through the iterations: the algorithm itself, or a baseline of it.
+
+    Args:
+        start: The stage that its π_0 comes from.
+        key: Its folder; the algorithm's own iterations lie in the run's.
+        name: What tables call it.
+    """
+
+    start: str
+    key: str = ""
+    name: str = ""
+
+    def stage(self, i: int) -> str:
+        """Return the name of iteration i's stage."""
+        if i == 0:
+            return self.start
+        return f"{self.key}/iteration-{i}" if self.key else f"iteration-{i}"
+
+
+class Run(Generic[Settings]):
+    """One command's work over one output folder.
+
+    Args:
+        settings: Every setting.
+
+    Raises:
+        UserError: Something in the settings, the data or the model cannot be used; before training.
+    """
+
+    algorithm: ClassVar[str]
+    pipeline: ClassVar[type[Pipeline]] = Pipeline
+
+    def __init__(self, settings: Settings):
+        settings.validate()
+        self.settings = settings
+        self.reward: Reward | None = None
+        if settings.evaluation.reward:
+            self.reward = load_reward(settings.evaluation.reward)
+        self.prepare()
+        self.parts = self.pipeline(settings, self.algorithm)
+        self.tokenizer = self.parts.tokenizer
+        self.parts.check_model()
+        self.prompts: list[Dataset] = []
+        self.read_data()
+        if settings.evaluation.reward:
+            assert settings.evaluation.prompts is not None
+            self.eval_prompts = self.read_prompts(settings.evaluation.prompts)
+        self.parts.begin()
+
+    def run(self) -> None:
+        """Run the algorithm, or what is left of it."""
+        self.start()
+        for arm in self.arms():
+            for i, prompts in enumerate(self.prompts, 1):
+                responses = self.generate(arm, i, prompts)
+                examples = self.score(arm, i, responses)
+                self.train(arm, i, examples)
+                self.report()
+        self.compare()
+        if self.reward is not None:
+            self.parts.evaluate(self.models(), self.eval_prompts, self.reward)
+        self.report()
+
+    # What an algorithm says
+
+    def prepare(self) -> None:
+        """Load what is needed besides the model and the data."""
+
+    def read_data(self) -> None:
+        """Read and check the data; ``self.prompts`` holds the prompts of each iteration."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Train π_0."""
+        raise NotImplementedError
+
+    def arms(self) -> Sequence[Arm]:
+        """Return what goes through the iterations."""
+        return ()
+
+    def generate(self, arm: Arm, i: int, prompts: Dataset) -> list[dict[str, Any]]:
+        """Return a row for each prompt, with the responses of π_{i-1}."""
+        raise NotImplementedError
+
+    def score(self, arm: Arm, i: int, responses: list[dict[str, Any]]) -> Sequence[Group]:
+        """Score the responses and return the examples that iteration i trains on."""
+        raise NotImplementedError
+
+    def train(self, arm: Arm, i: int, examples: Sequence[Group]) -> None:
+        """Train π_i."""
+        raise NotImplementedError
+
+    def compare(self) -> None:
+        """Train what the result is to be compared with."""
+
+    def models(self) -> list[Evaluated]:
+        """Return every model that is to be evaluated; the first is the baseline."""
+        raise NotImplementedError
+
+    # Data
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The limits on tokens, as the tokenising functions take them."""
+        data = self.settings.data
+        return {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
+
+    def read_pairs(self, source: str) -> Dataset:
+        """Read and tokenise preference pairs."""
+        rows = load_preferences(source)
+        return self._checked(
+            tokenize_preferences(rows, self.tokenizer, source=source, **self.lengths), source
+        )
+
+    def read_prompts(self, source: str) -> Dataset:
+        """Read and tokenise prompts."""
+        # Beside conversations, a plain prompt is a user's message.
+        rows = load_prompts(source, conversational=self.conversational)
+        return self._checked(
+            tokenize_prompts(rows, self.tokenizer, source=source, **self.lengths), source
+        )
+
+    def read_demonstrations(self, source: str) -> Dataset:
+        """Read and tokenise demonstrations."""
+        rows = load_sft(source)
+        return self._checked(
+            tokenize_sft(rows, self.tokenizer, source=source, **self.lengths), source
+        )
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the labelled data are conversations."""
+        return False
+
+    def _checked(self, rows: Dataset, source: str) -> Dataset:
+        check_vocabulary(rows, self.parts.vocabulary, source)
+        return rows
+
+    def with_reference(self, name: str, stage: str, groups: Sequence[Group]) -> list[Group]:
+        """Return groups with the log-probs that ``stage``'s policy gives their responses."""
+        logps = self.parts.score(name, stage, groups)
+        return [
+            Group(g.prompt_ids, g.response_ids, g.example_id, {**g.extras, "reference_logps": x})
+            for g, x in zip(groups, logps, strict=True)
+        ]
+
+    # The gauge
+
+    def record_gauge(
+        self, stage: str, gauge: GaugeSettings, reading: GaugeReading, **facts: Any
+    ) -> None:
+        """Write a reading down, once; warn, or stop the run, where it is past a threshold."""
+        log = StepLog(self.parts.run.path / "gauge.jsonl")
+        taken = log.rows(stage)
+        self.parts.process.wait_for_everyone()  # all have looked before one writes
+        warnings = taken[-1]["warnings"] if taken else reading.warnings(gauge)
+        if not taken:
+            for warning in warnings:
+                self.say(f"{stage}: warning: {warning}")
+            if self.parts.process.is_main_process:
+                row = {"stage": stage, "step": 0, **asdict(reading), "warnings": warnings}
+                log.append([row | facts])
+        self.parts.process.wait_for_everyone()
+        if warnings and gauge.on_collapse == "stop":
+            self.report()
+            raise CollapseError(
+                f"{stage}: stopped before training: {'; '.join(warnings)} "
+                "(go on with --resume --gauge.on_collapse warn)"
+            )
+
+    # What the user sees
+
+    def say(self, message: str) -> None:
+        """Tell the user, once and not from every process."""
+        if self.parts.process.is_main_process:
+            logger.info(message)
+
+    def report(self) -> None:
+        """Write ``report.html`` over what there is."""
+        if self.parts.process.is_main_process:
+            write_report(self.parts.run.path)
+        self.parts.process.wait_for_everyone()
+
+    def evaluated(self, stage: str, name: str) -> Evaluated:
+        """Return a stage's model as one to evaluate on the evaluation's prompts."""
+        return Evaluated(stage, name, stage, self.eval_prompts["prompt_ids"])
