@@ -450,8 +450,9 @@ def linear_token_logps(
     with and without a gradient. Under autocast ``hidden`` and ``weight`` are cast as ``F.linear``
     casts them.
 
-    Cost: 1F = 2·N·D·V FLOP without a gradient, 2F with a frozen head, 4F with a trained one, all
-    with backward; ``plan_head`` prints it, with the bytes. A gradient through the entropy of a
+    Cost: 1F = 2·N·D·V FLOP without a gradient, 2F with a frozen head, 3F with a trained adapter on
+    a frozen one, 4F with a trained head, all with backward, and r/D of F for each product with an
+    adapter's ``b``; ``plan_head`` prints it, with the bytes. A gradient through the entropy of a
     frozen head costs 2F more (plan it with ``entropy_grad=True`` to make that 1F).
 
     Source: the row Jacobian is attention with the head's weight as keys and values, by the online
