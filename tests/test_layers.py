@@ -1,6 +1,7 @@
 """Imports point one way: bench, tests, examples to prefalign, prefalign to kernels."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -47,3 +48,35 @@ def test_the_package_imports_nothing_that_stands_on_it(path):
 def test_the_kernels_init_is_a_docstring_and_nothing_else():
     (only,) = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
     assert isinstance(only, ast.Expr) and isinstance(only.value.value, str)
+
+
+def siblings(source: str) -> set[str]:
+    """Return the modules of the same folder that are imported, but for type checking alone."""
+    found = set()
+    tree = ast.parse(source)
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and id(node) not in skipped:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found.update(name.split(".")[0] for name in names)
+    return found
+
+
+def test_the_diagram_matches_the_imports():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    lines = text.split("```")[1].strip("\n").split("\n")
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100  # one screen
+    rank = {}
+    for number, line in enumerate(lines):
+        names = re.split(r" {3,}", line)[0]
+        rank.update(dict.fromkeys(names.split(), number))
+    modules = {path.stem: path for path in (ROOT / "prefalign").glob("*.py") if path.stem[0] != "_"}
+    assert rank.keys() == modules.keys() | {"kernels"}
+    for name, path in modules.items():
+        for other in siblings(path.read_text()) & rank.keys():
+            assert rank[other] >= rank[name], f"{name} imports {other}, which is drawn above it"
