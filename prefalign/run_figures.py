@@ -22,6 +22,7 @@ import yaml
 from .errors import RunError
 
 Row = dict[str, Any]
+Series = dict[str, list[tuple[float, float]]]
 
 # A control character would vanish or break the page: its picture stands for it, and a lone half of
 # a surrogate pair, which UTF-8 cannot hold, or an override of the writing direction, U+FFFD.
@@ -36,7 +37,9 @@ class IterationFigures:
     Args:
         number: Which iteration, from 1.
         gauge: Its line of ``gauge.jsonl``.
+        arm: The baseline that it is an iteration of; empty for the algorithm's own.
         tokens: Length of every response.
+        kinds: Mean length of the guided and of the plain responses, where they are told apart.
         cut: Share of the responses cut at the length limit.
         margins: The judge's margin of every pair, chosen minus rejected.
         pairs: Number of pairs.
@@ -45,7 +48,9 @@ class IterationFigures:
 
     number: int
     gauge: Row = field(default_factory=dict)
+    arm: str = ""
     tokens: array[float] = field(default_factory=lambda: array("d"))
+    kinds: dict[str, float] = field(default_factory=dict)
     cut: float | None = None
     margins: array[float] = field(default_factory=lambda: array("d"))
     pairs: int = 0
@@ -54,7 +59,7 @@ class IterationFigures:
     @property
     def name(self) -> str:
         """The iteration's stage, which is its folder."""
-        return f"iteration-{self.number}"
+        return f"{self.arm}/iteration-{self.number}" if self.arm else f"iteration-{self.number}"
 
     def gauged(self, name: str) -> float | None:
         """Return one number of the gauge."""
@@ -72,6 +77,7 @@ class RunFigures:
         state: The contents of ``state.json``.
         metrics: The rows of ``metrics.jsonl``.
         iterations: The iterations that have begun.
+        baselines: Those of the algorithm's baselines, with what the gauge says of them.
         evaluation: The rows of ``evaluation.json``, one a model.
         missing: A sentence on each thing that is not there.
     """
@@ -82,6 +88,7 @@ class RunFigures:
     state: Row = field(default_factory=dict)
     metrics: list[Row] = field(default_factory=list)
     iterations: list[IterationFigures] = field(default_factory=list)
+    baselines: list[IterationFigures] = field(default_factory=list)
     evaluation: list[Row] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -107,7 +114,7 @@ class RunFigures:
     def warnings(self) -> list[str]:
         """The gauge's warnings, and losses that are not numbers."""
         found = []
-        for iteration in self.iterations:
+        for iteration in [*self.iterations, *self.baselines]:
             found += [f"{iteration.name}: {w}" for w in list_of(iteration.gauge.get("warnings"))]
         for stage in dict.fromkeys(row["stage"] for row in self.metrics):
             losses = [r["loss"] for r in self.metrics if r["stage"] == stage and "loss" in r]
@@ -116,13 +123,22 @@ class RunFigures:
                 found.append(f"{stage}: the loss is not a number at {steps}")
         return found
 
-    def series(self, name: str) -> dict[str, list[tuple[float, float]]]:
-        """Return step and value of one metric by stage; values that are not numbers left out."""
-        points: dict[str, list[tuple[float, float]]] = {}
+    def series(self, name: str, minus: str | None = None) -> Series:
+        """Return step and value of one metric by stage, of all stages but the baselines' own.
+
+        Values that are not numbers are left out.
+
+        Args:
+            name: The metric.
+            minus: A metric to take off.
+        """
+        points: Series = {}
         for row in self.metrics:
             step, value = number_of(row.get("step")), number_of(row.get(name))
-            if step is not None and value is not None:
-                points.setdefault(row["stage"], []).append((step, value))
+            less = 0.0 if minus is None else number_of(row.get(minus))
+            if step is not None and value is not None and less is not None:
+                if "/" not in row["stage"]:
+                    points.setdefault(row["stage"], []).append((step, value - less))
         return points
 
     def completions(self, key: str) -> Iterator[Row]:
@@ -167,7 +183,8 @@ def read_run(folder: Path) -> RunFigures:
     if run.setting("evaluation.reward") or (folder / "evaluation.json").exists():
         rows = (row for row in list_of(_json(run, "evaluation.json")) if isinstance(row, dict))
         # A key is the name of a file, so nothing else is let through.
-        run.evaluation = [r for r in rows if re.fullmatch(r"[\w-]{1,99}", str(r.get("key")))]
+        keyed = ({**row, "key": str(row.get("key", ""))} for row in rows)
+        run.evaluation = [row for row in keyed if re.fullmatch(r"[\w-]{1,99}", row["key"])]
         for key in run.models:
             if not (folder / "evaluation" / f"{key}.jsonl").is_file():
                 run.missing.append(f"evaluation/{key}.jsonl is missing.")
@@ -177,37 +194,67 @@ def read_run(folder: Path) -> RunFigures:
 
 
 def _read_iterations(run: RunFigures) -> None:
-    gauges: dict[int, Row] = {}
+    gauges: dict[tuple[str, int], Row] = {}
     for row in rows_of(run.folder / "gauge.jsonl"):
-        if (number := iteration_number(row.get("stage"))) is not None:
-            gauges[number] = row
-    folders = [iteration_number(path.name) for path in run.folder.glob("iteration-*")]
-    numbers = {number for number in folders if number is not None} | gauges.keys()
-    for number in sorted(numbers):
-        iteration = IterationFigures(number, gauges.get(number, {}))
-        run.iterations.append(iteration)
-        if number not in gauges:
+        if (place := _place(row.get("stage"))) is not None:
+            gauges[place] = row
+    begun = [_place(path.name) for path in run.folder.glob("iteration-*")]
+    begun += [
+        _place(f"{path.parent.name}/{path.name}")
+        for path in run.folder.glob("*/iteration-*")
+        if path.is_dir() and path.parent.name != "evaluation"
+    ]
+    # A baseline's iterations stand in the order in which the gauge first named it.
+    arms = list(dict.fromkeys(arm for arm, _ in gauges))
+    arms += sorted({place[0] for place in begun if place is not None} - {*arms})
+    places = gauges.keys() | {place for place in begun if place is not None}
+    for arm, number in sorted(places, key=lambda place: (arms.index(place[0]), place[1])):
+        iteration = IterationFigures(number, gauges.get((arm, number), {}), arm)
+        (run.baselines if arm else run.iterations).append(iteration)
+        if (arm, number) not in gauges:
             run.missing.append(f"gauge.jsonl has no line on {iteration.name}.")
-        for name, read in (("responses", _read_responses), ("pairs", _read_pairs)):
+        for name, read in _READ.items():
+            # A baseline needs no pairs, nor does the released code, and its rows are not read.
+            if name == "pairs" and (arm or run.setting("variant") == "released"):
+                continue
             path = run.folder / iteration.name / f"{name}.jsonl"
             if not path.is_file():
                 run.missing.append(f"{iteration.name}/{name}.jsonl is missing.")
-            read(path, iteration)
+            elif not arm:
+                read(path, iteration)
+        if iteration.cut is None:
+            iteration.cut = iteration.gauged("cut_share")
+    _read_planned(run)
+
+
+def _read_planned(run: RunFigures) -> None:
     planned = run.setting("iterations")
-    last = max(numbers, default=0)
-    if isinstance(planned, int) and last < planned:
+    if not isinstance(planned, int):
+        return
+    last = max((iteration.number for iteration in run.iterations), default=0)
+    if last < planned:
         run.missing.append(f"The run has begun {last} of {planned} iterations.")
+        return
+    done = {iteration.arm for iteration in run.baselines if iteration.number >= planned}
+    names = map(str, list_of(run.setting("evaluation.baselines")))
+    if short := [clean(name) for name in names if planned and name not in done]:
+        run.missing.append(f"These baselines have not begun all iterations: {', '.join(short)}.")
 
 
 def _read_responses(path: Path, iteration: IterationFigures) -> None:
     cut = known = 0
+    kinds: dict[str, array[float]] = {"guided": array("d"), "plain": array("d")}
     for row in rows_of(path):
         tokens = [number_of(value) for value in list_of(row.get("tokens"))]
         iteration.tokens.extend(value for value in tokens if value is not None)
+        for value, guided in zip(tokens, list_of(row.get("guided")), strict=False):
+            if value is not None and isinstance(guided, bool):
+                kinds["guided" if guided else "plain"].append(value)
         flags = [value for value in list_of(row.get("cut")) if isinstance(value, bool)]
         known += len(flags)
         cut += sum(flags)
-    iteration.cut = cut / known if known else iteration.gauged("cut_share")
+    iteration.kinds = {name: float(np.mean(found)) for name, found in kinds.items() if found}
+    iteration.cut = cut / known if known else None
 
 
 def _read_pairs(path: Path, iteration: IterationFigures) -> None:
@@ -224,6 +271,9 @@ def _read_pairs(path: Path, iteration: IterationFigures) -> None:
             known += 1
             noisy += row["noisy"]
     iteration.noisy = noisy / known if known else None
+
+
+_READ = {"responses": _read_responses, "pairs": _read_pairs}
 
 
 def rows_of(path: Path) -> Iterator[Row]:
@@ -281,6 +331,13 @@ def iteration_number(stage: Any) -> int | None:
     """Return 2 for ``iteration-2``, None for any other stage."""
     found = re.fullmatch(r"iteration-(\d{1,9})", stage) if isinstance(stage, str) else None
     return int(found.group(1)) if found else None
+
+
+def _place(stage: Any) -> tuple[str, int] | None:
+    """Return ("", 2) for ``iteration-2``, ("raft", 2) for ``raft/iteration-2``, None for others."""
+    arm, _, name = stage.rpartition("/") if isinstance(stage, str) else ("", "", None)
+    number = iteration_number(name)
+    return None if number is None or not re.fullmatch(r"[\w-]{0,99}", arm) else (arm, number)
 
 
 def text_of(content: Any) -> str:

@@ -1,193 +1,26 @@
 """The report: right figures, no data taken for markup, and a page from any part of a run."""
 
 import json
-import math
-import random
 import re
-from html.parser import HTMLParser
 
 import matplotlib
 import pytest
 import yaml
+from reports import (
+    HOSTILE,
+    MODELS,
+    Page,
+    assert_self_contained,
+    make_run,
+    write_evaluation,
+    write_lines,
+)
 
 from prefalign import plots
 from prefalign.errors import RunError
-from prefalign.report import SAMPLES, summary_table, write_report
+from prefalign.report import summary_table, write_report
+from prefalign.report_samples import SAMPLES
 from prefalign.run_figures import number_of, read_run, text_of
-
-HOSTILE = (
-    "<script>alert('x')</script> \"quoted\" & </pre></style><img src=http://evil.example/x.png "
-    "onerror=alert(1)> {{ 7 * 7 }} {% raw %} $\\frac{1}$ --> 🙂 \u202eabc\x00\x1b[31m\x85 \ud83d é"
-)
-MODELS = [
-    ("SFT", "init", 0.5, 0.0),
-    ("seed DPO", "seed", 0.6234, 0.0131),
-    ("seed DPO, as many steps", "control", 0.7345, 0.0122),
-    ("SPA 1", "iteration-1", 0.6789, 0.0129),
-    ("SPA 2", "iteration-2", 0.7123, 0.0125),
-    ("DPO, all labels", "all-labels", 0.8012, 0.0111),
-]
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-
-
-def make_run(folder, *, iterations=2, prompts=120, text=None, models=MODELS, seed=0):
-    """Write the folder of a finished run, with ``text`` wherever data may put some."""
-    draw = random.Random(seed)
-
-    def words(count):
-        some = "the harbor is a sheltered port where ships can take on or discharge cargo".split()
-        return text if text is not None else " ".join(draw.choices(some, k=count))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    name = text if text is not None else "examples/demo/model"
-    settings = {
-        "iterations": iterations,
-        "model": {"path": name},
-        "generation": {"max_new_tokens": 40},
-        "noise": {"quantile": 0.1},
-        "gauge": {"min_accuracy": 0.55, "max_length_ratio": 2.0, "max_cut": 0.5},
-        "evaluation": {"reward": "gold.py:reward"},
-    }
-    # safe_dump escapes half a surrogate pair, which a file in UTF-8 cannot hold.
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings), "utf-8")
-    stages = ["seed", *(f"iteration-{i + 1}" for i in range(iterations)), "control", "all-labels"]
-    state = {
-        "algorithm": "spa",
-        "finished": dict.fromkeys(stages, {}),
-        "versions": {"torch": "2.13"},
-    }
-    (folder / "state.json").write_text(json.dumps(state), "utf-8")
-    metrics = []
-    for stage in stages:
-        for step in range(1, 41):
-            margin = 0.02 * step + draw.gauss(0, 0.03)
-            row = {
-                "stage": stage,
-                "step": step,
-                "loss": math.log1p(math.exp(-margin)),
-                "rewards/margins": margin,
-                "rewards/accuracies": min(1.0, 0.6 + 0.01 * step + draw.gauss(0, 0.02)),
-            }
-            if stage.startswith("iteration"):
-                share = max(0.0, draw.gauss(0.1, 0.05)) if step > 8 else 0.0
-                row |= {"noise/share": share, "noise/threshold": 0.45 + 0.001 * step}
-            metrics.append(row)
-    write_lines(folder / "metrics.jsonl", metrics)
-    gauge = []
-    for i in range(1, iterations + 1):
-        responses, pairs = [], []
-        for example in range(prompts):
-            tokens = [min(40, max(1, round(draw.gauss(14 + 4 * i, 5)))) for _ in range(2)]
-            margin = draw.expovariate(1 / (0.4 * i))
-            responses.append(
-                {
-                    "prompt": words(6),
-                    "responses": [words(n) for n in tokens],
-                    "rewards": [margin, 0.0],
-                    "tokens": tokens,
-                    "cut": [n == 40 for n in tokens],
-                }
-            )
-            pairs.append(
-                {
-                    "prompt": [
-                        {"role": "system", "content": "Be brief."},
-                        {"role": "user", "content": words(6)},
-                    ],
-                    "chosen": words(tokens[0]),
-                    "rejected": words(tokens[1]),
-                    "chosen_reward": margin,
-                    "rejected_reward": 0.0,
-                    "noisy": None if example % 5 == 0 else example % 10 == 1,
-                    "example_id": example,
-                }
-            )
-        write_lines(folder / f"iteration-{i}" / "responses.jsonl", responses)
-        write_lines(folder / f"iteration-{i}" / "pairs.jsonl", pairs)
-        gauge.append(
-            {
-                "stage": f"iteration-{i}",
-                "judge_accuracy": 0.9375 - 0.125 * i,
-                "held_out_pairs": 16,
-                "mean_tokens": 14.04 + 4 * i,
-                "length_ratio": 1.1 + 0.2 * i,
-                "cut_share": 0.021 * i,
-                "label_accuracy": 0.961 - 0.05 * i,
-                "label_pairs": 411,
-                "warnings": [words(9)] if text is not None else [],
-            }
-        )
-    write_lines(folder / "gauge.jsonl", gauge)
-    table = []
-    for name, key, rate, error in models:
-        mean = -1.0 + rate
-        row = {"name": text or name, "key": key, "win_rate": rate, "win_rate_stderr": error}
-        row |= {"mean_reward": mean, "mean_tokens": 15.26, "cut_share": 0.034, "steps": 123}
-        table.append(row)
-        rows = [
-            {"prompt": str(i), "completion": words(12), "reward": draw.gauss(2 * rate, 0.5)}
-            for i in range(prompts)
-        ]
-        rows = [row | {"tokens": 12, "cut": i % 9 == 0} for i, row in enumerate(rows)]
-        write_lines(folder / "evaluation" / f"{key}.jsonl", rows)
-    (folder / "evaluation.json").write_text(json.dumps(table), "utf-8")
-    return folder
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page: elements, attributes and the text between them."""
-
-    void = {"meta", "br", "img", "link", "path", "use", "rect"}
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.rows, self.open = [], [], "", [], []
-        self.feed(path.read_text("utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-        if tag not in self.void:
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, (tag, self.open)
-        self.open.pop()
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-
-    @property
-    def plots(self):
-        return [v for tag, name, v in self.attributes if (tag, name) == ("svg", "aria-label")]
-
-
-def assert_self_contained(page):
-    assert not page.open
-    assert not {"script", "iframe", "object", "embed", "link", "img", "base", "form"} & {*page.tags}
-    for tag, name, value in page.attributes:
-        assert not name.startswith("on"), (tag, name)
-        if name in ("src", "href", "xlink:href", "action", "srcset", "data"):
-            assert value.startswith("#"), (tag, name, value)
-        if name == "style":
-            assert "http" not in value
-            assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", value))
 
 
 def test_report_of_a_finished_run(tmp_path):
@@ -344,15 +177,8 @@ def test_values_that_are_not_numbers(tmp_path):
 
 def set_rewards(run, rewards):
     """Give each model one reward a prompt and the table the win rates that follow from them."""
-    table = []
-    base = rewards["init"]
-    for key, values in rewards.items():
-        rows = [{"prompt": str(i), "completion": "", "reward": v} for i, v in enumerate(values)]
-        write_lines(run / "evaluation" / f"{key}.jsonl", rows)
-        wins = sum(0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(values, base, strict=True))
-        name = dict((key, name) for name, key, _, _ in MODELS)[key]
-        table.append({"name": name, "key": key, "win_rate": wins / 100, "win_rate_stderr": 0.01})
-    (run / "evaluation.json").write_text(json.dumps(table))
+    names = {key: name for name, key, _, _ in MODELS}
+    write_evaluation(run, [(names[key], key, values) for key, values in rewards.items()])
 
 
 def test_verdict_says_who_wins(tmp_path):
