@@ -233,11 +233,11 @@ def by_model(
         for y, row in enumerate(rows):
             bar = 2 * row.error if row.error else None
             axes.errorbar(row.value, y, xerr=bar, fmt="o", color=style_of(row.key)["color"])
-            beside(y, f"{row.value:.2f}", 36)
+            beside(y, f"{row.value:.2f}" if abs(row.value) < 100 else f"{row.value:.3g}", 40)
             if row.tokens is not None:
-                beside(y, f"{row.tokens:.1f}", 82)
+                beside(y, f"{row.tokens:.1f}", 86)
         if any(row.tokens is not None for row in rows):
-            beside(-0.9, "mean tokens", 86)
+            beside(-0.9, "mean tokens", 90)
         if middle is not None:
             axes.axvline(middle, color=INK, linewidth=1, linestyle="--")
         axes.set_yticks(range(len(rows)), [shortened(row.name, 28) for row in rows])

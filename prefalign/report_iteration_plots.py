@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,6 +36,8 @@ class Spread:
     quantiles: tuple[float, ...] = ()
 
 
+_LABELLED = 12
+"""With more iterations the figures at the points would run into one another."""
 _LINES = [
     (BLUE, "-", "o"),
     (ORANGE, "--", "s"),
@@ -68,6 +71,7 @@ def lines(
     if not series:
         return None
     numbers = sorted({number for values in series.values() for number in values})
+    labelled = len(series) <= 2 and len(numbers) <= _LABELLED
 
     def draw(axes: Axes) -> None:
         for index, (name, values) in enumerate(series.items()):
@@ -80,7 +84,7 @@ def lines(
                 marker=marker,
                 label=shortened(name, 28),
             )
-            for number, value in values.items() if len(series) <= 2 else ():
+            for number, value in values.items() if labelled else ():
                 # The higher line's figures above it, the lower one's below.
                 top = value >= max(other.get(number, value) for other in series.values())
                 axes.annotate(
@@ -121,28 +125,29 @@ def ranked(
             axes.bar(
                 list(shares),
                 list(shares.values()),
-                width=0.5,
+                width=0.75,
                 color=BLUE,
                 label="ranked: gap over τ",
             )
-        for number, value in shares.items():
-            text = f"{100 * value:.1f} %"
-            if number in thresholds:
-                text += f"\nτ = {thresholds[number]:.3g}"
-            axes.annotate(text, (number, value), (0, 3), textcoords="offset points", ha="center")
         if ahead:
             axes.plot(
                 list(ahead), list(ahead.values()), "s", color=ORANGE, label="guided ahead at all"
             )
-        for number, value in ahead.items():
-            axes.annotate(
-                f"{100 * value:.1f} %",
-                (number, value),
-                (9, 0),
-                textcoords="offset points",
-                va="center",
-            )
-        _iteration_axis(axes, [*shares, *ahead])
+        numbers = sorted({*shares, *ahead})
+        _iteration_axis(axes, numbers)
+        if len(numbers) <= _LABELLED:
+            over: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
+            inside = over | {"va": "top", "color": "white"}  # where no mark of "ahead" can be
+            for number, value in shares.items():
+                text, place = f"{100 * value:.0f} %", (number, value)
+                high = value > 0.1
+                axes.annotate(text, place, (0, -4 if high else 3), **(inside if high else over))
+            for number, value in ahead.items():
+                axes.annotate(f"{100 * value:.0f} %", (number, value), (0, 5), **over)
+            found = [f"\n{thresholds[n]:.2g}" if n in thresholds else "" for n in numbers]
+            axes.set_xticks(numbers, [f"{n}{tau}" for n, tau in zip(numbers, found, strict=True)])
+            if thresholds:
+                axes.set_xlabel("iteration, and its τ")
         axes.set_ylim(0, 1.15)
         axes.set_yticks(np.linspace(0, 1, 6))
         axes.set_ylabel("share of pairs")

@@ -149,7 +149,10 @@ def tuning_sections(run: RunFigures) -> list[Section]:
     return _drawn(
         {
             "Evaluation": _evaluation(run),
-            "Training": [*_preference_training(run, "Loss"), _sft_loss(run, "Loss per token")],
+            "Training": [
+                *_preference_training(run, "Loss", "loss (mean over pairs)"),
+                _sft_loss(run, "Loss per token"),
+            ],
         }
     )
 
