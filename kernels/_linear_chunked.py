@@ -45,6 +45,7 @@ _UNDERFLOW = -1e4
 # How far, in nats, a row's maximum may rise above the m that its sums are relative to.
 SLACK = 8.0
 _LOG2_E = 1.4426950408889634
+_TILES_A_GEMM = 4  # of rounded operands; the tiles themselves are small, to stay in the caches
 
 
 class Head(NamedTuple):
@@ -158,6 +159,57 @@ class _Slices:
         return part if self.buffer is None else self.buffer[: end - start].copy_(part)
 
 
+class _JacobianSum:
+    """Sum of e @ weight over tiles, [n, D] in the computing dtype.
+
+    Where the operands are to be rounded, e is gathered over ``width`` vocabulary entries for one
+    GEMM, since its result is rounded too, and cast before it is added.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, rows: int, width: int):
+        self.weight = weight
+        self.sums = weight.new_empty(rows, weight.shape[1], dtype=dtype)
+        narrow = _gradient_dtype(weight)
+        self.buffer = None if narrow == dtype else weight.new_empty(rows * width, dtype=narrow)
+        self.width = width
+
+    def begin(self, n: int) -> None:
+        """Start with ``n`` rows."""
+        self.acc = self.sums[:n].zero_()
+        self.first = self.filled = 0
+        if self.buffer is not None:
+            self.held = self.buffer[: n * self.width].view(n, self.width)
+
+    def rescale(self, r: torch.Tensor) -> None:
+        """Shrink what was summed so far by r [n]."""
+        self.acc.mul_(r[:, None])
+        if self.filled:
+            self.held[:, : self.filled].mul_(r[:, None])
+
+    def add(self, e: torch.Tensor, w: torch.Tensor, lo: int) -> None:
+        """Add ``e @ w``, with ``w`` the weight's slice from ``lo`` on in the computing dtype."""
+        if self.buffer is None:
+            self.acc.add_(_dot(e, w.T))
+            return
+        if self.filled + e.shape[1] > self.width:
+            self._flush()
+        if not self.filled:
+            self.first = lo
+        self.held[:, self.filled : self.filled + e.shape[1]] = e
+        self.filled += e.shape[1]
+
+    def _flush(self) -> None:
+        if self.filled:
+            w = self.weight[self.first : self.first + self.filled]
+            _accumulate(self.acc, torch.mm(self.held[:, : self.filled], w))
+            self.filled = 0
+
+    def finish(self) -> torch.Tensor:
+        """Return the sum."""
+        self._flush()
+        return self.acc
+
+
 class _Online:
     """Running statistics of rows of logits, all but each row's target: sums of exp(z - m).
 
@@ -224,7 +276,9 @@ class _Online:
             self.sums[name] = value
         self.m, self.s, self.shrink = m, r * self.s + e, r
         log_s = self.s.log()
-        out = {"logps": -torch.logaddexp(torch.zeros_like(others), others), "lse": m + log_s}
+        # Below one half, one rounding less; above, the digits that 1 + x would lose.
+        logps = torch.where(others < 0, -torch.log1p(others.exp()), x - log_s)
+        out = {"logps": logps, "lse": m + log_s}
         for name, value in self.sums.items():
             if name == "entropy":
                 out[name] = log_s - value / self.s
@@ -341,11 +395,13 @@ def forward(
     # The first: extrapolated, or scratch of the extras. The last: the slope.
     tiles = _Tiles(hidden, dtype, rows, tile, (bool(extras) or reference is not None) + sloped)
     slices = _Slices(weight, dtype, tile)
-    narrow = _gradient_dtype(weight)
     ref_slices = None
     if reference and reference.weight is not None:
         ref_slices = _Slices(reference.weight, dtype, tile)
-    acc_buffer = hidden.new_empty(rows, D, dtype=dtype) if jacobian else None
+    if jacobian:
+        # In the room that is left where no other tiles are held.
+        width = tile if extras or reference or sloped else min(V, _TILES_A_GEMM * tile)
+        product = _JacobianSum(weight, dtype, rows, width)
     factors = Factors(adapter, hidden) if adapter else None
     low = up = None
     with _gemm_precision(hidden):
@@ -357,7 +413,8 @@ def forward(
             y = targets[index]
             here = adapter.at(index) if adapter else None
             stats = _Online(_target_logits(h, weight, y, bias, head, here), extras)
-            acc = acc_buffer[:n].zero_() if jacobian else None
+            if jacobian:
+                product.begin(n)
             if adapter:
                 low = factors.rows(index)
                 acc_low = torch.zeros_like(here.low) if jacobian else None
@@ -395,13 +452,12 @@ def forward(
                 if jacobian:
                     e = e if slope is None else e.mul_(slope)
                     if r is not None:
-                        acc.mul_(r[:, None])
+                        product.rescale(r)
+                    product.add(e, w, lo)
                     if adapter:
                         if r is not None:
                             acc_low.mul_(r[:, None])
                         acc_low.add_(times(e, up))
-                    w = w if narrow == dtype else weight[lo:hi]
-                    _accumulate(acc, _gradient_dot(e, w.T))
                 del z, e  # before the next tile is made
             out = stats.finish(V)
             if reference:
@@ -412,7 +468,9 @@ def forward(
             norm[0, index], norm[1, index] = stats.m, stats.s
             if jacobian:
                 logps = out["logps"]
-                J[index] = _finish_jacobian(acc, stats, logps, weight, y, head).to(J.dtype)
+                J[index] = _finish_jacobian(product.finish(), stats, logps, weight, y, head).to(
+                    J.dtype
+                )
                 if adapter:
                     J_low[index] = _finish_jacobian(acc_low, stats, logps, adapter.up, y, head)
     if targets.is_cuda:
