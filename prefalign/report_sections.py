@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from . import plots
 from . import report_iteration_plots as by_iteration
 from .report_tables import model_name
-from .run_figures import IterationFigures, RunFigures, Series, iteration_number, number_of
+from .run_figures import IterationFigures, RunFigures, Series, number_of
 
 Section = tuple[str, list[plots.Plot]]
 
@@ -124,9 +124,7 @@ def ple_sections(run: RunFigures) -> list[Section]:
                     note="Mean log-prob of the guided response less that of the plain one, both to "
                     "the plain query. Below 0 at first where the guided one is new to the model.",
                 ),
-                *_preference_training(
-                    run, "Loss of the iterations", "loss (mean over pairs)", iteration_number
-                ),
+                *_preference_training(run, "Loss of the iterations", "loss (mean over pairs)"),
                 _sft_loss(run, "Loss of SFT"),
             ],
             "Baselines": [
@@ -259,20 +257,15 @@ def _longest(run: RunFigures) -> float | None:
 
 
 def _preference_training(
-    run: RunFigures,
-    loss: str,
-    label: str = "loss (nats per pair)",
-    chosen: Callable[[str], object] = bool,
+    run: RunFigures, loss: str, label: str = "loss (nats per pair)"
 ) -> list[plots.Plot | None]:
-    """Return the curves of training on pairs: of the stages that log them, and are chosen."""
+    """Return the curves of training on pairs: of the stages that log them."""
     accuracies = run.series("rewards/accuracies")
     # A trainer that logs no accuracy means by its margin one of the data, not of the model.
     margins = {s: p for s, p in run.series("rewards/margins").items() if s in accuracies}
     demonstrations = run.series("logps_per_token")
     losses: Series = {
-        stage: points
-        for stage, points in run.series("loss").items()
-        if stage not in demonstrations and chosen(stage)
+        stage: points for stage, points in run.series("loss").items() if stage not in demonstrations
     }
     return [
         plots.over_steps(
