@@ -21,7 +21,8 @@ import torch
 from . import _autotune
 from ._common import INTERPRETED, on_device, triton
 from ._gemm_kernel import _gemm_kernel
-from ._linear_chunked import LOWEST, Head, arrange_backward, finish_stats
+from ._head_math import Head
+from ._linear_chunked_backward import arrange_backward
 from ._linear_kernels import (
     _combine_kernel,
     _jacobian_kernel,
@@ -29,6 +30,7 @@ from ._linear_kernels import (
     _weights_kernel,
 )
 from ._low_rank import Adapter, fold, parts
+from ._online import LOWEST, finish_stats
 from .configs import Blocks, architecture, blocks_for, row_for, split_sizes
 
 try:

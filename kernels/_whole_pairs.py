@@ -5,7 +5,7 @@ over pairs it is known as soon as both sequences are summed. So for a chunk of r
 pairs, with k = logit_scale / temperature and f' the derivative of the softcap:
 
     E = f(h @ W.T + b);  (m, s) = online log-sum-exp;  E = exp(E - m)        1F, tile by tile
-    g_t = slope(sequence of t) / B                                           the pairs' losses
+    g_t = slope(sequence of t) / B                                          the pairs' losses
     dZ = k·g·f'·(1[y] - E / s)                                               in E's buffer
     dHidden = dZ @ W;  dWeight += dZ.T @ h                                   2F
 
@@ -35,7 +35,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._linear_chunked import Head, _dot, _logits, _Online, _part, _put, _slope, _target_logits
+from ._head_math import Head, bias_part, cap_slope, dot, logits, put, target_logits
+from ._online import Online
 from .losses import pair_values, per_token, sequence_sums
 from .pair_plan import PairPlan
 
@@ -46,15 +47,15 @@ class _Chunk:
     def __init__(self, h: Tensor, weight: Tensor, y: Tensor, bias, head: Head, tile: int, keep):
         V = weight.shape[0]
         self.h, self.weight, self.y, self.head = h, weight, y, head
-        self.stats = _Online(_target_logits(h, weight, y, bias, head))
+        self.stats = Online(target_logits(h, weight, y, bias, head))
         self.tiles: list[tuple[int, int, Tensor, Tensor]] = []
         for lo in range(0, V if h.shape[0] else 0, tile):
             hi = min(lo + tile, V)
-            z = _logits(h, weight[lo:hi], _part(bias, lo, hi), head)
+            z = logits(h, weight[lo:hi], bias_part(bias, lo, hi), head)
             slope = None
             if keep and head.softcap is not None:
-                slope = _slope(z, head, torch.empty_like(z))
-            _put(z, *self._targets(lo, hi), -torch.inf)
+                slope = cap_slope(z, head, torch.empty_like(z))
+            put(z, *self._targets(lo, hi), -torch.inf)
             e, _ = self.stats.update(z)
             if keep:
                 self.tiles.append((lo, hi, e if slope is None else e.mul_(slope), self.stats.m))
@@ -76,19 +77,18 @@ class _Chunk:
         # -expm1(logp) is 1 - p without its cancellation.
         at_target = -g * torch.expm1(self.logps)
         if self.head.softcap is not None:
-            at_target *= _slope(self.stats.zy, self.head, torch.empty_like(self.stats.zy))
+            at_target *= cap_slope(self.stats.zy, self.head, torch.empty_like(self.stats.zy))
         if dh is not None:
             dh.zero_()
         while self.tiles:
             lo, hi, dz, m = self.tiles.pop(0)
             dz.mul_((-g * (m - self.stats.m).exp() / self.stats.s)[:, None])
-            _put(dz, *self._targets(lo, hi), 0)  # exp(-inf) times an infinite slope
             if dh is not None:
-                dh.add_(_dot(dz, self.weight[lo:hi].T))
+                dh.add_(dot(dz, self.weight[lo:hi].T))
             if dw is not None and first:
-                dw[lo:hi] = _dot(dz.T, self.h.T)
+                dw[lo:hi] = dot(dz.T, self.h.T)
             elif dw is not None:
-                dw[lo:hi] += _dot(dz.T, self.h.T)
+                dw[lo:hi] += dot(dz.T, self.h.T)
             if db is not None:
                 db[lo:hi] += dz.sum(0)
         # The targets' entries, so much larger than the others, join at the end.

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._common import check_choice, check_labels, check_number, check_tensor, resolve_impl
-from ._linear_chunked import Head
+from ._head_math import Head
 from ._whole_pairs import whole_pairs
 from .enhancement_head import PLE, check_enhancement, enhancement_head, refuse_enhancement
 from .enhancement_loss import EnhancementLoss

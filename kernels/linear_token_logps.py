@@ -35,7 +35,7 @@ from ._common import (
     check_tensor,
     resolve_impl,
 )
-from ._linear_chunked import Head
+from ._head_math import Head
 from ._low_rank import Adapter
 from .head_adapter import HeadAdapter, check_adapter, project
 from .plan import HeadPlan, default_workspace, head_strategy, head_tiles, tile_bytes

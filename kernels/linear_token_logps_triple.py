@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ._common import check_labels, check_number, check_tensor, resolve_impl
-from ._linear_chunked import Head, Reference
+from ._head_math import Head, Reference
 from .linear_token_logps import (
     IMPLEMENTATIONS,
     autocast,
