@@ -112,14 +112,15 @@ def one_line(message: object) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for what the user can mend, 130 on Ctrl-C."""
-    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
         print(f"prefalign {__version__}")  # without importing torch
         return 0
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
-    if parsed.command is None:
+    if not arguments:
         parser.print_help()
         return USAGE_ERROR
+    parsed = parser.parse_args(_config_first(arguments))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("prefalign").setLevel(logging.INFO)
     _hush_libraries()
@@ -141,6 +142,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"output_dir: no disk space left ({one_line(error)}); "
             "make room, then --resume goes on from here"
         )
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """Move ``--config FILE`` in front of the options, which override it wherever they stand."""
+    first: list[str] = []
+    rest = arguments[1:]
+    while any(found := [a == "--config" or a.startswith("--config=") for a in rest]):
+        place = found.index(True)
+        size = 2 if rest[place] == "--config" else 1
+        first += rest[place : place + size]
+        del rest[place : place + size]
+    return [*arguments[:1], *first, *rest]
 
 
 def _find(place: str) -> Any:

@@ -7,6 +7,7 @@ imitated, with weights from their rewards.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,10 +75,11 @@ class EnhancementTrainer(PackedTrainer):
         means = (logps / lengths).detach()
         metrics = {
             "ple/ranked": out.is_ranked.float(),
-            "ple/threshold": torch.full_like(out.losses, threshold).detach(),
             "ple/guided_weight": out.weights[:, 1],
             "rewards/margins": rewards[GUIDED] - rewards[PLAIN],
             "logps/guided": means[GUIDED],
             "logps/plain": means[PLAIN],
         }
+        if math.isfinite(threshold):  # JSON knows no infinity
+            metrics["ple/threshold"] = torch.full_like(out.losses, threshold).detach()
         return out.losses, metrics

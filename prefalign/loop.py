@@ -87,7 +87,7 @@ class Run(Generic[Settings]):
         self.read_data()
         if settings.evaluation.reward:
             assert settings.evaluation.prompts is not None
-            self.eval_prompts = self.read_prompts(settings.evaluation.prompts)
+            self.eval_prompts = self.read_evaluation_prompts(settings.evaluation.prompts)
         self.parts.begin()
 
     def run(self) -> None:
@@ -162,6 +162,10 @@ class Run(Generic[Settings]):
         return self._checked(
             tokenize_prompts(rows, self.tokenizer, source=source, **self.lengths), source
         )
+
+    def read_evaluation_prompts(self, source: str) -> Dataset:
+        """Read and tokenise the prompts of the evaluation."""
+        return self.read_prompts(source)
 
     def read_demonstrations(self, source: str) -> Dataset:
         """Read and tokenise demonstrations."""

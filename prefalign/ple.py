@@ -15,7 +15,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from .attention import causal_lm
 from .data import load_prompts, split_prompts
+from .errors import RunError
 from .gauge import read_gauge
 from .loop import Arm, Run
 from .packing import Group
@@ -50,8 +52,13 @@ class PLE(Run[PLESettings]):
         settings = self.settings
         self.principles = load_principles(settings.principles)
         if settings.iterations:
+            rewards = settings.rewards
             self.rewards = load_rewards(
-                settings.rewards.functions, settings.rewards.weights, setting="rewards.functions"
+                rewards.functions,
+                rewards.weights,
+                setting="rewards.functions",
+                dtype=rewards.dtype,
+                max_tokens=rewards.max_tokens,
             )
 
     def read_data(self) -> None:
@@ -59,8 +66,9 @@ class PLE(Run[PLESettings]):
         data, settings = self.settings.data, self.settings
         self.demonstrations = self.read_demonstrations(data.sft) if data.sft else None
         if settings.iterations:
+            guided = any(self.method(arm).guided for arm in self.arms())
             self.prompts = split_prompts(
-                self.read_prompts(data.prompts),
+                (self.read_guided if guided else self.read_prompts)(data.prompts),
                 data.prompts_per_iteration,
                 iterations=settings.iterations,
                 seed=settings.seed,
@@ -72,11 +80,24 @@ class PLE(Run[PLESettings]):
         """Whether the demonstrations are conversations."""
         return self.demonstrations is not None and is_conversational(self.demonstrations)
 
-    def read_prompts(self, source: str) -> Dataset:
+    def read_evaluation_prompts(self, source: str) -> Dataset:
+        """Read the evaluation's prompts, guided too where the evaluation asks for that."""
+        return (self.read_guided if self.settings.evaluation.guided else self.read_prompts)(source)
+
+    def read_guided(self, source: str) -> Dataset:
         """Read prompts and tokenise them, as they are and under the principles."""
         rows = load_prompts(source, conversational=self.conversational)
+        config = causal_lm(self.parts.load(INIT)).config.get_text_config()
+        room = getattr(config, "max_position_embeddings", None)
+        if room is not None:
+            room = max(0, room - self.settings.generation.max_new_tokens)
         guided = tokenize_guided(
-            rows, self.tokenizer, self.principles, source=source, **self.lengths
+            rows,
+            self.tokenizer,
+            self.principles,
+            max_guided_length=room,
+            source=source,
+            **self.lengths,
         )
         return self._checked(guided, source)
 
@@ -153,7 +174,11 @@ class PLE(Run[PLESettings]):
     # 2b. Score them, and choose what to learn
 
     def score(self, arm: Arm, i: int, responses: list[Row]) -> Sequence[Group]:
-        """Normalise the rewards, keep the rows, read the gauge; return the method's examples."""
+        """Normalise the rewards, keep the rows, read the gauge; return the method's examples.
+
+        Raises:
+            RunError: There are none.
+        """
         flat = normalised(
             [reward for row in responses for reward in row["rewards"]],
             self.settings.rewards.normalise,
@@ -166,6 +191,11 @@ class PLE(Run[PLESettings]):
             write_rows(self.parts.folder(stage) / "responses.jsonl", responses)
         self.parts.process.wait_for_everyone()
         examples = self.method(arm).examples(self, arm, i, responses)
+        if not examples:
+            raise RunError(
+                f"{stage}: there is nothing to learn: the responses to each of the "
+                f"{len(responses)} prompts are equal, or of equal reward"
+            )
         self.watch(arm, i, responses, examples)
         return examples
 

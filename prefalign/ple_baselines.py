@@ -29,6 +29,11 @@ Row = dict[str, Any]
 ``responses`` (text), ``tokens``, ``rewards`` and ``scores`` (the rewards, normalised or not)."""
 
 
+def ranked(gaps: Sequence[float], threshold: float) -> list[bool]:
+    """Say of each reward gap whether it is above the threshold, as the loss does: in float32."""
+    return (torch.tensor(gaps, dtype=torch.float32) > threshold).tolist()
+
+
 class Method:
     """What an arm learns from.
 
@@ -83,6 +88,7 @@ class Enhancement(Method):
     def examples(self, run: PLE, arm: Arm, i: int, rows: Sequence[Row]) -> list[Group]:
         """Return guided and plain response of every prompt, with their rewards."""
         stage, (threshold, _) = arm.stage(i), self.threshold(run, arm, i)
+        gaps = [row["scores"][0] - row["scores"][1] for row in rows]
         if run.parts.process.is_main_process and not run.parts.run.finished(stage):
             write_rows(
                 run.parts.folder(stage) / "pairs.jsonl",
@@ -93,16 +99,20 @@ class Enhancement(Method):
                         "rejected": row["responses"][1],
                         "chosen_reward": row["scores"][0],
                         "rejected_reward": row["scores"][1],
-                        "ranked": row["scores"][0] - row["scores"][1] > threshold,
+                        "ranked": is_ranked,
                         "example_id": index,
                     }
-                    for index, row in enumerate(rows)
+                    for index, (row, is_ranked) in enumerate(
+                        zip(rows, ranked(gaps, threshold), strict=True)
+                    )
                 ),
             )
         run.parts.process.wait_for_everyone()
         return [
-            Group(row["prompt_ids"], row["ids"], index, {"rewards": row["scores"]})
-            for index, row in enumerate(rows)
+            # Rewards relative to the plain response's. A difference of two rewards in float32 would
+            # be rounded twice: 0.3 less 0.1 is then above a threshold of 0.2.
+            Group(row["prompt_ids"], row["ids"], index, {"rewards": [gap, 0.0]})
+            for index, (row, gap) in enumerate(zip(rows, gaps, strict=True))
         ]
 
     def training(self, run: PLE, arm: Arm, i: int) -> dict[str, Any]:
@@ -121,7 +131,7 @@ class Enhancement(Method):
         gaps = [group.extras["rewards"][0] - group.extras["rewards"][1] for group in examples]
         return {
             "threshold": threshold if math.isfinite(threshold) else None,
-            "ranked_share": sum(gap > threshold for gap in gaps) / len(gaps),
+            "ranked_share": sum(ranked(gaps, threshold)) / len(gaps),
             "guided_ahead": sum(gap > 0 for gap in gaps) / len(gaps),
         }
 

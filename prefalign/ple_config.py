@@ -56,13 +56,17 @@ class RewardSettings:
             of sequence-classification models.
         weights: A weight for each; 1 if not given.
         normalise: ``standard`` takes an iteration's scores to mean 0 and standard deviation 1.
-        batch_size: Responses given to the functions at a time.
+        batch_size: Prompts whose responses are given to the functions at a time.
+        dtype: Dtype of a reward model's weights; ``auto`` is the checkpoint's own.
+        max_tokens: Tokens in one forward pass of a reward model, padding included.
     """
 
     functions: list[str] = field(default_factory=list)
     weights: list[float] | None = None
     normalise: Literal["none", "standard"] = "none"
     batch_size: int = 1024
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_tokens: int = 16384
 
 
 @dataclass(frozen=True)
@@ -162,30 +166,26 @@ class PLESettings(RunSettings):
 
     def checks(self) -> list[Check]:
         """Return what must hold."""
-        e, r, names = self.enhancement, self.released, self.evaluation.baselines
-        weights = self.rewards.weights
+        e, r, w = self.enhancement, self.released, self.rewards
+        names = self.evaluation.baselines
         rate = self.training.sft_learning_rate
         return [
             *super().checks(),
             *iteration_checks(self.data, self.iterations),
             (
                 "rewards.functions",
-                self.rewards.functions,
-                bool(self.rewards.functions) or self.iterations == 0,
+                w.functions,
+                bool(w.functions) or self.iterations == 0,
                 "a reward function or model to score the responses with",
             ),
             (
                 "rewards.weights",
-                weights,
-                weights is None or len(weights) == len(self.rewards.functions),
-                f"one number for each of the {len(self.rewards.functions)} functions",
+                w.weights,
+                w.weights is None or len(w.weights) == len(w.functions),
+                f"one number for each of the {len(w.functions)} functions",
             ),
-            (
-                "rewards.batch_size",
-                self.rewards.batch_size,
-                self.rewards.batch_size >= 1,
-                "1 or more",
-            ),
+            ("rewards.batch_size", w.batch_size, w.batch_size >= 1, "1 or more"),
+            ("rewards.max_tokens", w.max_tokens, w.max_tokens >= 1, "1 or more"),
             ("enhancement.threshold", e.threshold, not math.isnan(e.threshold), "a number"),
             ("enhancement.decay", e.decay, 0 < e.decay <= 1, "more than 0 and at most 1"),
             ("enhancement.temperature", e.temperature, e.temperature > 0, "more than 0"),

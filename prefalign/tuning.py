@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .config import DPOSettings, SFTSettings
+from .errors import RunError
+from .kernels.losses import LOSSES
 from .loop import Run
 from .pipeline import INIT, Evaluated
 from .sft_trainer import SFTTrainer
@@ -57,6 +59,12 @@ class DPO(Run[DPOSettings]):
     """
 
     algorithm = "dpo"
+
+    def prepare(self) -> None:
+        """Check the loss's name."""
+        name = self.settings.loss.loss_type
+        if name not in LOSSES:
+            raise RunError(f"loss.loss_type: expected one of {', '.join(LOSSES)}, got {name!r}")
 
     def read_data(self) -> None:
         """Read the pairs."""

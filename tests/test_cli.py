@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from spa_run import pairs, prepare, write_jsonl, write_model
+from spa_run import prepare
+from whole_runs import arguments, pairs, refused, write_jsonl, write_model
 
 import prefalign
 from prefalign import cli
@@ -17,21 +18,6 @@ from prefalign import cli
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     return folder, prepare(folder)
-
-
-def refused(capsys, options, *flags):
-    """Run the command in this process; return its one line of complaint."""
-    arguments = [text for n, v in options.items() for text in (f"--{n}", str(v))]
-    try:
-        status = cli.main(["spa", *arguments, *flags])
-    except SystemExit as stopped:
-        status = stopped.code
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("prefalign: error: ")]
-    assert status == 2, error
-    assert len(lines) == 1, error
-    assert "Traceback" not in error
-    return lines[0].removeprefix("prefalign: error: ")
 
 
 def test_version_does_not_import_torch():
@@ -66,10 +52,15 @@ def test_every_option_can_come_from_a_file(tmp_path, prepared, capsys):
     folder, options = prepared
     config = tmp_path / "run.yaml"
     config.write_text("beta: 0.3\nnoise:\n  alfa: 0.2\n")
-    assert refused(capsys, {"config": config}).endswith("does not accept option 'noise.alfa'")
+    assert refused(capsys, "spa", {"config": config}).endswith(
+        "does not accept option 'noise.alfa'"
+    )
     config.write_text("noise: {alpha: 0.9}\n")
-    message = refused(capsys, {**options, "config": config})
+    message = refused(capsys, "spa", {**options, "config": config})
     assert message == "noise.alpha: expected from 0 to 0.5, got 0.9"
+    # Options override it, before it or after.
+    message = refused(capsys, "spa", {**options, "noise.alpha": 0.8, "config": config})
+    assert message == "noise.alpha: expected from 0 to 0.5, got 0.8"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +84,7 @@ def test_every_option_can_come_from_a_file(tmp_path, prepared, capsys):
 )
 def test_a_wrong_option_is_one_line(tmp_path, prepared, capsys, option, value, message):
     options = {**prepared[1], "output_dir": tmp_path / "run", option: value}
-    assert message in refused(capsys, options)
+    assert message in refused(capsys, "spa", options)
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
 
@@ -128,7 +119,7 @@ def test_a_bad_row_is_named(tmp_path, prepared, capsys, content, place, message)
     source = tmp_path / "seed.jsonl"
     source.write_bytes(content)
     options = {**prepared[1], "output_dir": tmp_path / "run", "data.preferences": source}
-    line = refused(capsys, options)
+    line = refused(capsys, "spa", options)
     assert str(source) in line and place in line and message in line
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
@@ -142,13 +133,13 @@ def test_nan_in_the_weights_names_the_tensor(tmp_path, prepared, capsys):
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     options = {**prepared[1], "output_dir": tmp_path / "run", "model.path": folder}
-    assert "model.layers.1.mlp.up_proj.weight" in refused(capsys, options)
+    assert "model.layers.1.mlp.up_proj.weight" in refused(capsys, "spa", options)
 
 
 def test_a_model_that_cannot_be_reproduced_is_refused(tmp_path, prepared, capsys):
     folder = write_model(tmp_path / "model", "bloom")
     options = {**prepared[1], "output_dir": tmp_path / "run", "model.path": folder}
-    assert "Bloom" in refused(capsys, options)
+    assert "Bloom" in refused(capsys, "spa", options)
 
 
 def test_an_output_folder_with_another_run_is_refused(tmp_path, prepared, capsys):
@@ -157,15 +148,15 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path, prepared, capsys
         json.dumps({"algorithm": "spa", "settings": {"beta": 0.1}, "finished": {}})
     )
     options = {**prepared[1], "output_dir": tmp_path / "run"}
-    assert "already holds a run; continue it with --resume" in refused(capsys, options)
-    assert "holds another run and cannot be resumed" in refused(capsys, options, "--resume")
+    assert "already holds a run; continue it with --resume" in refused(capsys, "spa", options)
+    assert "holds another run and cannot be resumed" in refused(capsys, "spa", options, "--resume")
 
 
 def test_too_little_disk_space_is_said_before_training(tmp_path, prepared, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     options = {**prepared[1], "output_dir": tmp_path / "run"}
-    assert "of disk space left" in refused(capsys, options)
+    assert "of disk space left" in refused(capsys, "spa", options)
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_run_can_go_on(
@@ -185,13 +176,12 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_can_go_on(
     del options["evaluation.all_labels"]
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "write_json", full)
-        assert "no disk space left" in refused(capsys, options)
-    arguments = [text for n, v in options.items() for text in (f"--{n}", str(v))]
-    assert cli.main(["spa", *arguments, "--resume"]) == 0
+        assert "no disk space left" in refused(capsys, "spa", options)
+    assert cli.main(["spa", *arguments(options), "--resume"]) == 0
 
 
 def test_prompts_among_the_labelled_pairs_are_only_a_warning(tmp_path, prepared, capsys, caplog):
     source = write_jsonl(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in ROWS])
     options = {**prepared[1], "output_dir": tmp_path / "run", "data.prompts": source}
     options["model.path"] = "./nowhere-else"
-    assert "there is no such folder" in refused(capsys, options)
+    assert "there is no such folder" in refused(capsys, "spa", options)

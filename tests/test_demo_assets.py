@@ -160,6 +160,65 @@ def test_gold_reward_refuses_what_it_cannot_read():
         gold.gold_reward(["define harbor (noun):"], [])
 
 
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        (" a sheltered port", 0),
+        ("", 0),
+        (' a port; "ships', 0.3),
+        (' a port; "of the of or"', 0.3),
+        (' a port; "ships rest" and more', 0.3),
+        (' a port; "ships rest here"', 0.6),
+        (' a port; "ships rest here."', 0.6),
+        (' a port; "the ships rest here"', 0.65),
+        (' a port; "ships need harbor"', 0.75),
+        (' a port; "one two three four five six seven eight"', 0.85),
+        (' a port; "one two three four five six seven eight nine ten"', 0.85),
+        (' a port; "one two three four five six seven Harbor nine ten"', 1),
+    ],
+)
+def test_the_reader_likes_examples_by_degrees(completion, reward):
+    reader = load_module("reader")
+    found = reader.reader_reward(["define harbor (noun):"], [completion])
+    assert found == pytest.approx([reward])
+    # Prompts and completions go together, row by row.
+    rows = reader.reader_reward(["define x (noun):", "define harbor (noun):"], ["", completion])
+    assert rows == pytest.approx([0, reward])
+    assert reader.reader_reward(["harbor?"], [completion]) == pytest.approx(
+        [reward - 0.15 * ("harbor" in completion.lower() and reward > 0.3)]
+    )
+
+
+def test_demonstrations_are_made_again_alike(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(DEMO))  # as a script has it
+    make_sft = load_module("make_sft")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "glosses.jsonl.gz").symlink_to(DATA / "glosses.jsonl.gz")
+    (tmp_path / "principles.txt").symlink_to(DEMO / "principles.txt")
+    monkeypatch.setattr(make_sft, "HERE", tmp_path)
+    make_sft.main()
+    # Another zlib may pack the same bytes in another way.
+    made, shipped = ((at / "data" / "sft.jsonl.gz").read_bytes() for at in (tmp_path, DEMO))
+    assert gzip.decompress(made) == gzip.decompress(shipped)
+    make_sft.main()
+    assert (tmp_path / "data" / "sft.jsonl.gz").read_bytes() == made
+
+
+def test_half_of_the_demonstrations_do_as_the_principles_ask():
+    rows = rows_of("sft.jsonl.gz")
+    guided = [row for row in rows if row["prompt"].startswith("Answer by these principles:\n- ")]
+    plain = [row for row in rows if row not in guided]
+    assert len(guided) == len(plain) == 1024
+    scores = gold.gold_reward([row["prompt"] for row in guided], [r["completion"] for r in guided])
+    assert set(scores) == {1.0}
+    shown = gold.gold_reward([row["prompt"] for row in plain], [r["completion"] for r in plain])
+    assert 0.3 < sum(shown) / len(shown) < 0.7
+    asked = {
+        row["prompt"] for name in ("eval", "iteration") for row in rows_of(f"{name}_prompts.jsonl")
+    }
+    assert not any(row["prompt"].rpartition("\n")[2] in asked for row in rows)
+
+
 def test_annotate_skips_ties():
     prompts = ["define harbor (noun):", "define run (verb):"]
     plain, quoted = " a port", ' a port; "ships rest here"'

@@ -1,10 +1,14 @@
 """What the README and examples/ show, run."""
 
+import gzip
+import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from whole_runs import run_here
 
 from prefalign import cli
 from prefalign.run_folder import read_rows
@@ -64,7 +68,38 @@ def test_the_demo_runs_on_a_few_prompts(tmp_path, monkeypatch, capsys):
     assert len(texts) == 16 and all(text.startswith(" ") for text in texts)
 
 
-@pytest.mark.parametrize("path", ["examples/spa_demo.yaml"])
+def test_the_ple_demo_runs_on_a_few_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    few = {}
+    for name in ("eval_prompts.jsonl", "sft.jsonl.gz"):
+        path = ROOT / "examples/demo/data" / name
+        opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+        with opened as lines:
+            few[name] = tmp_path / name.removesuffix(".gz")
+            few[name].write_text("".join(itertools.islice(lines, 16)))
+    options = {
+        "output_dir": tmp_path / "run",
+        "data.sft": few["sft.jsonl.gz"],
+        "data.prompts_per_iteration": "[8]",
+        "iterations": 1,
+        "training.sft_epochs": 1,
+        "generation.max_new_tokens": 12,
+        "evaluation.prompts": few["eval_prompts.jsonl"],
+        "evaluation.baselines": "[raft]",
+    }
+    printed = run_here("ple", {"config": "examples/ple_demo.yaml", **options})
+    for name in ("base", "base, guided", "SFT", "PLE 1", "RAFT-4"):
+        assert any(line.startswith(f"{name}  ") for line in printed.splitlines()), name
+    rows = read_rows(tmp_path / "run/iteration-1/responses.jsonl")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["prompt"].startswith("define ") and row["guided"] == [True, False]
+        assert all(0 <= reward <= 1 for reward in row["rewards"])
+    evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert all(row["mean_reward"] in {i / 16 for i in range(17)} for row in evaluation)
+
+
+@pytest.mark.parametrize("path", ["examples/spa_demo.yaml", "examples/ple_demo.yaml"])
 def test_an_example_names_files_that_are_there(path):
     for name in re.findall(r"examples/[\w./]+", (ROOT / path).read_text("utf-8")):
         assert (ROOT / name.split(":")[0].rstrip(".")).exists(), name

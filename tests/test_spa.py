@@ -1,17 +1,24 @@
 """SPA end to end, on a tiny model: what it leaves, and that a killed run ends the same."""
 
 import json
-import os
-import random
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_dataset
-from spa_run import ENVIRONMENT, command, final_weights, prepare, run
+from spa_run import prepare
+from whole_runs import (
+    ENVIRONMENT,
+    command,
+    final_weights,
+    losses,
+    progress,
+    run,
+    run_killed,
+    run_on_two_processes,
+)
 
 from prefalign.run_folder import read_rows
 
@@ -21,7 +28,7 @@ def whole_run(tmp_path_factory):
     """One run from beginning to end, and its options."""
     folder = tmp_path_factory.mktemp("spa")
     options = prepare(folder)
-    done = run({**options, "output_dir": folder / "run"})
+    done = run("spa", {**options, "output_dir": folder / "run"})
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, options, done
 
@@ -77,55 +84,27 @@ def test_training_changes_the_weights_each_time(whole_run):
         assert all(not torch.equal(a, b) for b in found[:i])
 
 
-def progress(run_dir):
-    """Count what a run has left so far: chunks, log lines, models."""
-    # os.walk passes over folders that vanish while it looks.
-    files = [Path(folder, name) for folder, _, names in os.walk(run_dir) for name in names]
-    chunks = sum(path.suffix == ".jsonl" for path in files)
-    models = sum(path.suffix == ".safetensors" and path.parent.name == "model" for path in files)
-    metrics = run_dir / "metrics.jsonl"
-    return chunks + models + (metrics.read_text().count("\n") if metrics.exists() else 0)
-
-
 def test_a_run_killed_at_five_random_points_ends_in_the_same_weights(whole_run):
     folder, options, *_ = whole_run
-    seed = time.time_ns()
-    chosen = random.Random(seed)
     options = {**options, "output_dir": folder / "killed"}
-    moments = sorted(chosen.sample(range(progress(folder / "run")), 5))
-    for kill, moment in enumerate(moments):
-        process = subprocess.Popen(
-            command(options, *["--resume"] * (kill > 0)),
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while not (folder / "killed").exists() or progress(folder / "killed") < moment:
-            assert process.poll() is None, (seed, moments, "ended before it was killed")
-            time.sleep(0.005)
-        time.sleep(chosen.uniform(0, 0.2))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = run(options, "--resume")
-    assert done.returncode == 0, (seed, moments, done.stderr[-3000:])
+    killed = run_killed("spa", options, progress(folder / "run"), kills=5)
     for stage in ("seed", "iteration-1", "iteration-2", "control", "all-labels"):
         ours, theirs = (final_weights(folder / n, stage) for n in ("killed", "run"))
-        assert torch.equal(ours, theirs), (stage, seed, moments)
+        assert torch.equal(ours, theirs), (stage, *killed)
     for name in ("evaluation.json", "gauge.jsonl", "iteration-2/pairs.jsonl"):
         assert (folder / "killed" / name).read_text() == (folder / "run" / name).read_text()
-
-    def steps(run_dir):
-        return [(m["stage"], m["step"], m["loss"]) for m in read_rows(run_dir / "metrics.jsonl")]
-
-    assert steps(folder / "killed") == steps(folder / "run")
+    assert losses(folder / "killed") == losses(folder / "run")
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(whole_run):
     folder, options, *_ = whole_run
     options = {**options, "output_dir": folder / "interrupted"}
     process = subprocess.Popen(
-        command(options), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("spa", options),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (folder / "interrupted" / "metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
@@ -134,14 +113,14 @@ def test_ctrl_c_leaves_a_run_that_goes_on(whole_run):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert error.rstrip().splitlines()[-1].endswith("--resume goes on from here")
-    assert run(options, "--resume").returncode == 0
+    assert run("spa", options, "--resume").returncode == 0
     assert torch.equal(final_weights(folder / "interrupted"), final_weights(folder / "run"))
 
 
 def test_a_finished_run_does_nothing_again(whole_run):
     folder, options, *_ = whole_run
     before = {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*.safetensors")}
-    done = run({**options, "output_dir": folder / "run"}, "--resume")
+    done = run("spa", {**options, "output_dir": folder / "run"}, "--resume")
     assert done.returncode == 0 and "SPA 2" in done.stdout
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*.safetensors")}
 
@@ -154,16 +133,16 @@ def test_the_gauge_stops_a_run_before_it_trains(whole_run):
         "gauge.on_collapse": "stop",
         "gauge.max_length_ratio": 0.01,
     }
-    done = run(options)
+    done = run("spa", options)
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("prefalign: error: iteration-1: stopped before training: ")
     assert "more than gauge.max_length_ratio 0.01" in line
     assert not (folder / "stopped" / "iteration-1" / "model").exists()
     assert (folder / "stopped" / "report.html").exists()
-    again = run(options, "--resume")
+    again = run("spa", options, "--resume")
     assert again.returncode == 2  # resuming alone does not go past it
-    done = run({**options, "gauge.on_collapse": "warn", "iterations": 2}, "--resume")
+    done = run("spa", {**options, "gauge.on_collapse": "warn", "iterations": 2}, "--resume")
     assert done.returncode == 0
     assert "more than gauge.max_length_ratio" in done.stderr
 
@@ -171,7 +150,7 @@ def test_the_gauge_stops_a_run_before_it_trains(whole_run):
 def test_lora_keeps_one_copy_of_the_base(whole_run):
     folder, options, *_ = whole_run
     options = {**options, "output_dir": folder / "lora", "model.lora.r": 4}
-    done = run(options)
+    done = run("spa", options)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = sorted(p.name for p in (folder / "lora" / "iteration-2" / "model").iterdir())
     assert "adapter_model.safetensors" in saved and "reference" not in saved
@@ -184,11 +163,7 @@ def test_lora_keeps_one_copy_of_the_base(whole_run):
 def test_two_processes_make_the_same_run(whole_run):
     folder, options, *_ = whole_run
     options = {**options, "output_dir": folder / "two"}
-    python, *rest = command(options)
-    launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, *rest], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = run_on_two_processes("spa", options)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_rows(folder / n / "iteration-1" / "responses.jsonl") for n in ("run", "two"))
     assert [r["responses"] for r in one] == [r["responses"] for r in two]

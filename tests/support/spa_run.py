@@ -1,40 +1,6 @@
-"""A whole SPA run in seconds: a tiny model on disk, data files, and the command that runs it."""
+"""A whole SPA run in seconds; what it shares with others is in ``whole_runs``."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import torch
-from tiny_models import tiny_model, tiny_tokenizer
-
-WORDS = (
-    "amber birch cedar delta ember flint grove haven inlet jetty knoll ledge marsh north".split()
-)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
-
-
-def pairs(count, salt=""):
-    return [
-        {
-            "prompt": f"{salt}{WORDS[i % 14]} {i}:",
-            "chosen": f" {WORDS[(i + 3) % 14]}",
-            "rejected": f" {WORDS[(i + 5) % 14]}{i}",
-        }
-        for i in range(count)
-    ]
-
-
-def write_model(folder, name="llama", **changes):
-    model = tiny_model(name, **changes)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+from whole_runs import WORDS, pairs, reward, write_jsonl, write_model
 
 
 def prepare(folder, name="llama"):
@@ -62,32 +28,8 @@ def prepare(folder, name="llama"):
         "gauge.holdout_minimum": 4,
         "noise.window": 2,
         "noise.lambdas": "[0.5,0.25]",
-        "evaluation.reward": Path(__file__).with_name("rewards.py").as_posix() + ":letters",
+        "evaluation.reward": reward("letters"),
         "evaluation.prompts": folder / "eval.jsonl",
         "evaluation.control": "true",
         "evaluation.all_labels": folder / "all.jsonl",
     }
-
-
-def command(options, *flags):
-    values = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "prefalign.cli", "spa", *values, *flags]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-
-
-def run(options, *flags, **kwargs):
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        command(options, *flags), env=ENVIRONMENT, capture_output=True, text=True, **kwargs
-    )
-
-
-def final_weights(output_dir, stage="iteration-2"):
-    from safetensors.torch import load_file
-
-    files = sorted((output_dir / stage / "model").glob("*.safetensors"))
-    tensors = {name: t for file in files for name, t in load_file(file).items()}
-    assert tensors
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])

@@ -40,7 +40,7 @@ def model_and_reference(seed=0, dtype=torch.float32):
 
 
 def train(tmp_path, groups, trainer_class=PreferenceTrainer, settings=SETTINGS, **kwargs):
-    model, reference = model_and_reference()
+    model, reference = model_and_reference(dtype=kwargs.pop("dtype", torch.float32))
     logs = []
     arguments = training_arguments(
         settings,
@@ -50,12 +50,13 @@ def train(tmp_path, groups, trainer_class=PreferenceTrainer, settings=SETTINGS, 
         max_steps=kwargs.pop("max_steps", None),
     )
     resume = kwargs.pop("resume", None)
+    if issubclass(trainer_class, PreferenceTrainer):
+        kwargs.setdefault("reference", reference)
     trainer = trainer_class(
         model,
         arguments,
         Groups(groups),
         max_tokens=settings.max_tokens,
-        reference=kwargs.pop("reference", reference),
         callbacks=[
             MetricsCallback(lambda step, log: logs.append(log)),
             *kwargs.pop("callbacks", []),
