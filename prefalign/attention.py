@@ -7,17 +7,19 @@ they could see each other, so this module registers ``"prefalign_packed"`` with 
     out[q0:q1] = softmax(scale * Q[q0:q1] K[k0:k1]^T + mask) V[k0:k1]      for every segment
 
 The keys of a segment may be more than its own: with a shared prompt they are its parent's, then its
-own (``key_rows`` gathers them), and the causal mask is aligned to their end. ``attention_backends``
-has the kernels.
+own (``key_rows`` lists them), and the causal mask is aligned to their end. Positions go on after
+the parent's, so a sliding window reaches into it as far as it would into a repeated prompt.
+``attention_backends`` has the kernels.
 
 On a CPU a segment's result depends on its own tokens only, bit for bit.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from transformers import AttentionInterface
 from .attention_backends import PackedCall, backend_for
 from .errors import ModelError
 from .packing import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "prefalign_packed"
 """The name under which transformers knows this attention."""
@@ -73,8 +77,9 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
              cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
              max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen, use_cache=False)
 
-    Where segments have parents (there are more segments than responses), ``key_rows`` ``[T_k]``
-    lists every segment's keys, its parent's rows first, and ``cu_seq_lens_k`` counts those.
+    Where prompts are shared, ``key_rows`` ``[T_k]`` lists every segment's keys, its parent's rows
+    first, ``cu_seq_lens_k`` and ``max_length_k`` count those, and ``parents`` comes along. All was
+    made with the batch: nothing here reads the device.
     """
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids[None],
@@ -85,24 +90,33 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
         "max_length_k": batch.max_seqlen,
         "use_cache": False,
     }
-    # A response is one segment, a shared prompt one more: the shapes tell, without a device sync.
-    if batch.cu_seqlens.numel() != batch.cu_targets.numel():
-        bounds, parents = batch.cu_seqlens.tolist(), batch.parents.tolist()
-        rows: list[int] = []
-        lengths: list[int] = []
-        for segment, parent in enumerate(parents):
-            before = len(rows)
-            if parent >= 0:
-                rows += range(bounds[parent], bounds[parent + 1])
-            rows += range(bounds[segment], bounds[segment + 1])
-            lengths.append(len(rows) - before)
-        device = batch.input_ids.device
-        inputs["key_rows"] = torch.tensor(rows, dtype=torch.int64, device=device)
-        inputs["cu_seq_lens_k"] = torch.tensor(
-            [0, *accumulate(lengths)], dtype=torch.int32, device=device
-        )
-        inputs["max_length_k"] = max(lengths)
+    if batch.shares_prompts:
+        inputs["cu_seq_lens_k"] = batch.cu_keys
+        inputs["max_length_k"] = batch.max_keys
+        inputs["key_rows"] = batch.key_rows
+        inputs["parents"] = batch.parents
     return inputs
+
+
+def padded_inputs(batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
+    """Return the keyword arguments of an ordinary forward pass, each segment in a row of its own.
+
+    Args:
+        batch: T tokens and S segments without parents.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` ``[S, L]``, padded at the end; and where each of the T
+        tokens is in the rows laid end to end, int64 ``[T]``.
+    """
+    starts, ends = batch.cu_seqlens[:-1, None].long(), batch.cu_seqlens[1:, None].long()
+    offsets = torch.arange(batch.max_seqlen, device=starts.device)
+    there = starts + offsets < ends
+    # What pads is hidden from every token and has no target: any token will do.
+    ids = batch.input_ids[torch.minimum(starts + offsets, ends - 1)]
+    tokens = torch.arange(batch.num_tokens, device=starts.device)
+    segment = torch.searchsorted(ends[:, 0], tokens, right=True)
+    rows = segment * batch.max_seqlen + batch.position_ids
+    return {"input_ids": ids, "attention_mask": there.long(), "use_cache": False}, rows
 
 
 def packed_attention(
@@ -121,6 +135,7 @@ def packed_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     key_rows: Tensor | None = None,
+    parents: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each segment of a packed row, as transformers' attention interface asks.
@@ -142,6 +157,7 @@ def packed_attention(
         max_length_k: Keys in the longest segment.
         key_rows: Rows of ``key`` and ``value``, int64 ``[T_k]``, segment after segment, or None
             where every segment sees its own only.
+        parents: The same as the segment that each sees before itself, int32 ``[S]``, or -1.
         kwargs: Whatever else a model passes; refused where it would change the result.
 
     Returns:
@@ -162,10 +178,12 @@ def packed_attention(
     if dropout and not module.training:
         raise ModelError(f"{name} asks for attention dropout {dropout} outside training")
 
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if key_rows is not None and not causal:
+        raise ModelError(f"{name} attends to later tokens, so its prompts cannot be shared")
+
     dtype = _compute_dtype(query, value)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    if key_rows is not None:
-        key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
     cu_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
     if max_length_q is None:
         max_length_q = int(cu_seq_lens_q.diff().max())
@@ -182,8 +200,10 @@ def packed_attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=None if not sliding_window or sliding_window >= max_length_k else sliding_window,
         softcap=softcap,
-        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        causal=causal,
         dropout=dropout,
+        key_rows=key_rows,
+        parents=parents,
     )
     return backend_for(call)(call)[None], None
 
@@ -201,10 +221,13 @@ def _compute_dtype(query: Tensor, value: Tensor) -> torch.dtype:
 def use_packed_attention(model: nn.Module) -> None:
     """Make every later forward pass of ``model`` a packed one, or say why it cannot be.
 
+    A model with ALiBi keeps its own attention: its sequences go in padded rows, one each, which a
+    warning says.
+
     Raises:
-        ModelError: The architecture carries state from token to token outside attention, biases
-            its attention by position (ALiBi), hides keys in ways that only a mask tells, or does
-            not take its attention from transformers' ``AttentionInterface``.
+        ModelError: The architecture carries state from token to token outside attention, hides keys
+            in ways that only a mask tells, or does not take its attention from transformers'
+            ``AttentionInterface``.
     """
     lm = causal_lm(model)
     name = type(lm).__name__
@@ -218,8 +241,15 @@ def use_packed_attention(model: nn.Module) -> None:
         raise ModelError(
             f"{name} has recurrent layers, which carry state from one packed sequence into the next"
         )
-    if getattr(config, "alibi", False) or config.model_type in _ALIBI_MODEL_TYPES:
-        raise ModelError(f"{name} uses ALiBi, which packed attention cannot honour")
+    if _has_alibi(config):
+        if not uses_padded_rows(lm):
+            lm._prefalign_padded = True
+            logger.warning(
+                "%s uses ALiBi, which packed attention cannot honour: its sequences are padded, "
+                "one to a row",
+                name,
+            )
+        return
     odd = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
     if getattr(config, "attention_chunk_size", None):
         odd.add("chunked_attention")
@@ -237,10 +267,40 @@ def use_packed_attention(model: nn.Module) -> None:
         raise ModelError(f"{name} did not accept {PACKED_ATTENTION!r} as its attention")
 
 
+def _has_alibi(config: Any) -> bool:
+    return bool(getattr(config, "alibi", False)) or config.model_type in _ALIBI_MODEL_TYPES
+
+
+def sharing_obstacle(model: nn.Module) -> str | None:
+    """Return why no two responses can share a prompt in ``model``, from what it says of itself.
+
+    None where nothing speaks against it; ``models.can_share_prompts`` then tries it.
+    """
+    lm = causal_lm(model)
+    name = type(lm).__name__
+    config = lm.config.get_text_config()
+    if _has_alibi(config):
+        return f"{name} uses ALiBi"
+    if getattr(lm, "_is_stateful", False):
+        return f"{name} has recurrent layers"
+    if getattr(config, "num_kv_shared_layers", None):
+        return f"{name} has layers that use the keys and values of earlier ones"
+    if "position_ids" not in inspect.signature(type(lm).forward).parameters:
+        return f"{name} takes no positions"
+    if not uses_packed_attention(lm):
+        return f"{name} has no packed attention"
+    return None
+
+
 def uses_packed_attention(model: nn.Module) -> bool:
     """Return whether ``model``'s forward passes are packed ones."""
     config = causal_lm(model).config.get_text_config()
     return config._attn_implementation == PACKED_ATTENTION
+
+
+def uses_padded_rows(model: nn.Module) -> bool:
+    """Return whether ``model`` was found unfit for packing and takes padded rows instead."""
+    return getattr(causal_lm(model), "_prefalign_padded", False)
 
 
 @contextmanager

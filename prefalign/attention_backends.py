@@ -7,11 +7,14 @@ flash-attn                 CUDA, half precision, Ampere  head sizes above 256, u
                            or newer, when importable     multiple of 8
 torch's ``varlen_attn``    the same, with torch 2.11 or  the same; a soft cap; attention dropout;
                            newer instead                 windows without causality
+merged partial attentions  CPU, causal                   windows shorter than a segment; a soft cap;
+                                                         dropout; unequal head sizes
 SDPA, one call a segment   anywhere else                 a soft cap
 eager, segment by segment  anywhere                      nothing: holds one segment's scores
 =========================  ============================  ==========================================
 
-The last two read the segments' bounds on the host, which on a GPU is a sync in every layer.
+The first two gather the keys that a segment sees, its parent's first; the others take them from
+where they are. The last two read the segments' bounds on the host: on a GPU a sync in every layer.
 """
 
 from __future__ import annotations
@@ -26,18 +29,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._merged_attention import has_kernels, merged_attention
+
 _FLASH_MAX_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True)
 class PackedCall:
-    """One layer's attention, as the backends take it: T queries, T_k keys, all segments packed."""
+    """One layer's attention, as the backends take it: T tokens, all segments packed.
+
+    ``key_rows`` and ``parents`` are given both or neither; with them a segment also sees the keys
+    of its parent, T_k in all.
+    """
 
     query: Tensor  # [T, H, E]
-    key: Tensor  # [T_k, H_kv, E]
-    value: Tensor  # [T_k, H_kv, E_v]
+    key: Tensor  # [T, H_kv, E]
+    value: Tensor  # [T, H_kv, E_v]
     cu_q: Tensor
-    cu_k: Tensor
+    cu_k: Tensor  # bounds of the segments' keys after key_rows
     max_q: int
     max_k: int
     scale: float
@@ -45,6 +54,14 @@ class PackedCall:
     softcap: float | None
     causal: bool
     dropout: float
+    key_rows: Tensor | None = None  # [T_k]
+    parents: Tensor | None = None  # [S], -1 where there is none
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that the segments see, ``[T_k, H_kv, ...]``."""
+        if self.key_rows is None:
+            return self.key, self.value
+        return take_rows(self.key, self.key_rows), take_rows(self.value, self.key_rows)
 
     @property
     def flash_window(self) -> tuple[int, int]:
@@ -53,6 +70,15 @@ class PackedCall:
         if self.causal:
             return left, 0
         return left, left
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return ``x[rows]``, with a backward that adds up repeated rows in a fixed order.
+
+    On a GPU the backward of ``index_select`` adds with atomics, that of indexing after a sort; on a
+    CPU it is indexing that adds in any order, once it has several threads.
+    """
+    return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
 def backend_for(call: PackedCall) -> Callable[[PackedCall], Tensor]:
@@ -71,6 +97,16 @@ def backend_for(call: PackedCall) -> Callable[[PackedCall], Tensor]:
         plain = call.softcap is None and not call.dropout
         if plain and (call.causal or call.window is None) and _varlen_parameters():
             return _attend_varlen
+    if (
+        call.query.device.type == "cpu"
+        and has_kernels()
+        and call.causal
+        and call.window is None
+        and call.softcap is None
+        and not call.dropout
+        and size == call.value.shape[-1]
+    ):
+        return _attend_merged
     return _attend_eager if call.softcap is not None else _attend_sdpa
 
 
@@ -106,8 +142,7 @@ def _attend_flash(call: PackedCall) -> Tensor:
     assert attend is not None
     return attend(
         call.query,
-        call.key,
-        call.value,
+        *call.gathered(),
         call.cu_q,
         call.cu_k,
         call.max_q,
@@ -124,7 +159,7 @@ def _attend_flash(call: PackedCall) -> Tensor:
 def _attend_varlen(call: PackedCall) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    key, value = call.key, call.value
+    key, value = call.gathered()
     options: dict[str, Any] = {}
     if (groups := call.query.shape[1] // key.shape[1]) > 1:
         if "enable_gqa" in _varlen_parameters():
@@ -147,17 +182,28 @@ def _attend_varlen(call: PackedCall) -> Tensor:
     )
 
 
+def _attend_merged(call: PackedCall) -> Tensor:
+    lengths = call.cu_q.diff().tolist()
+    parents = [-1] * len(lengths) if call.parents is None else call.parents.tolist()
+    return merged_attention(call.query, call.key, call.value, lengths, parents, call.scale)
+
+
 def _segments(call: PackedCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield each segment's queries, keys and values, ``[heads, length, size]``."""
-    lengths_q = call.cu_q.diff().tolist()
-    lengths_k = lengths_q if call.cu_k is call.cu_q else call.cu_k.diff().tolist()
+    """Yield each segment's queries, keys and values, ``[heads, length, size]``.
+
+    A parent's keys come before a segment's own, as far back as the window reaches.
+    """
+    lengths = call.cu_q.diff().tolist()
     # One split, not a slice each: a slice's backward fills a gradient of all T rows with zeros.
-    for query, key, value in zip(
-        call.query.split(lengths_q),
-        call.key.split(lengths_k),
-        call.value.split(lengths_k),
-        strict=True,
-    ):
+    queries, keys, values = (x.split(lengths) for x in (call.query, call.key, call.value))
+    parents = [-1] * len(lengths) if call.parents is None else call.parents.tolist()
+    for query, key, value, parent in zip(queries, keys, values, parents, strict=True):
+        if parent >= 0:
+            length = lengths[parent]
+            seen = length if call.window is None else min(length, call.window - 1)
+            if seen:
+                key = torch.cat([keys[parent][length - seen :], key])
+                value = torch.cat([values[parent][length - seen :], value])
         yield query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
 
 

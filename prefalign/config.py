@@ -109,6 +109,7 @@ class TrainingSettings:
         batch_size: Pairs (demonstrations, in SFT) in one optimiser step, over all processes.
         max_tokens: Tokens in one forward and backward pass on one device; a step takes as many
             passes as it needs.
+        share_prompts: Compute a prompt once for all its responses; false repeats it before each.
         epochs: Epochs over the data, or over an iteration's own.
         optimizer: An optimiser that transformers knows.
         weight_decay: AdamW's weight decay.
@@ -126,6 +127,7 @@ class TrainingSettings:
     warmup_ratio: float = 0.1
     batch_size: int = 32
     max_tokens: int = 16384
+    share_prompts: bool = True
     epochs: int = 1
     optimizer: str = "adamw_torch"
     weight_decay: float = 0.0

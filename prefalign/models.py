@@ -9,17 +9,28 @@ log-prob op, with whatever the architecture puts between the head and its logits
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .attention import causal_lm, generation_attention, packed_inputs, unwrap, uses_packed_attention
+from ._head import Head, head_arguments, read_head, refuse_head_adapter
+from .attention import (
+    causal_lm,
+    generation_attention,
+    packed_inputs,
+    padded_inputs,
+    sharing_obstacle,
+    unwrap,
+    uses_packed_attention,
+    uses_padded_rows,
+)
+from .attention_backends import take_rows
 from .errors import ModelError
-from .kernels.head_adapter import HeadAdapter
 from .kernels.linear_token_logps import linear_token_logps
 from .kernels.sequence_logps import sequence_logps
 from .loading import check_finite, first_line, load_model, load_tokenizer
@@ -29,10 +40,12 @@ from .references import Reference, modules_in_eval, reference_of, snapshot_refer
 __all__ = [
     "Head",
     "Reference",
+    "can_share_prompts",
     "check_finite",
     "head_arguments",
     "load_model",
     "load_tokenizer",
+    "prompts_are_shared",
     "read_head",
     "reference_of",
     "refuse_head_adapter",
@@ -43,157 +56,7 @@ __all__ = [
     "verify_head",
 ]
 
-# What configs call the numbers between the head and the logits. Cohere, FalconH1 and Muse multiply;
-# Granite divides; MiniCPM3 divides the hidden states, which is the same.
-_LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_LOGIT_DIVISORS = ("logits_scaling",)
-# Model types that multiply where the others divide.
-_DIVISOR_IS_FACTOR = {"hyperclovax"}
-
-# The head
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns a hidden state h into logits: ``cap(logit_scale * (weight h + bias))``.
-
-    With an adapter, its ``scaling * b (a h)`` is added to the weight's product.
-
-    Attributes:
-        weight: ``[V, D]``, the model's own parameter: gradients flow to it.
-        bias: ``[V]`` or None.
-        logit_scale: The factor before the cap.
-        softcap: z becomes ``softcap * tanh(z / softcap)``, or None.
-        adapter: PEFT's LoRA on the head, its own parameters, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    adapter: HeadAdapter | None = None
-
-
-def read_head(model: nn.Module) -> Head:
-    """Return ``model``'s output head; with FSDP2, call it after the forward pass.
-
-    Raises:
-        ModelError: The head is missing, quantised, sharded or not on a device, or has an adapter
-            other than one plain LoRA.
-    """
-    lm = causal_lm(model)
-    name = type(lm).__name__
-    get_head = getattr(lm, "get_output_embeddings", lambda: None)
-    layer = _saved_module(get_head())
-    if layer is None:
-        raise ModelError(f"{name} has no output head")
-    layer, adapter = _without_lora(layer, name)
-    if not (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward):
-        raise ModelError(
-            f"{name}'s output head is a {type(layer).__module__}.{type(layer).__name__}, expected "
-            "a plain torch.nn.Linear, or PEFT's LoRA on one: leave it out of quantisation"
-        )
-    weight, bias = _whole(layer.weight), None if layer.bias is None else _whole(layer.bias)
-    if weight.device.type == "meta" or weight.ndim != 2 or not weight.numel():
-        raise ModelError(
-            f"{name}'s output head is not in this process's memory (offloaded, or sharded by FSDP1 "
-            "or ZeRO-3); use FSDP2"
-        )
-    config = lm.config.get_text_config()
-    scale = 1.0
-    for field in _LOGIT_FACTORS:
-        if (factor := getattr(config, field, None)) is not None:
-            scale *= factor
-    for field in _LOGIT_DIVISORS:
-        if (divisor := getattr(config, field, None)) is not None:
-            scale *= divisor if config.model_type in _DIVISOR_IS_FACTOR else 1 / divisor
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, float(scale), None if not softcap else float(softcap), adapter)
-
-
-def head_arguments(head: Head, hidden: Tensor) -> dict[str, Any]:
-    """Return ``head`` as keyword arguments of the fused ops, the weight in ``hidden``'s dtype.
-
-    ``adapter`` is among them where there is one: ``linear_token_logps`` takes it.
-    """
-    adapter = {} if head.adapter is None else {"adapter": head.adapter}
-    return adapter | {
-        "weight": head.weight.to(hidden.dtype),
-        "bias": head.bias,
-        "logit_scale": head.logit_scale,
-        "softcap": head.softcap,
-    }
-
-
-def refuse_head_adapter(model: nn.Module, user: str) -> None:
-    """Refuse a model whose head has LoRA, active or not, on behalf of ``user``, which takes none.
-
-    Raises:
-        ModelError: It has.
-    """
-    lm = causal_lm(model)
-    if hasattr(_saved_module(lm.get_output_embeddings()), "lora_A"):
-        raise ModelError(
-            f"{type(lm).__name__}'s output head has a LoRA adapter, which {user} cannot use: leave "
-            "it out of LoRA's target modules"
-        )
-
-
-def _without_lora(layer: nn.Module, name: str) -> tuple[nn.Module, HeadAdapter | None]:
-    """Return the layer under PEFT's LoRA, and its one active adapter if that is switched on."""
-    try:
-        from peft.tuners.lora.layer import Linear as LoraLinear
-    except ImportError:
-        return layer, None
-    if type(layer) is not LoraLinear:
-        return layer, None
-    if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as its own forward pass does
-    active = [x for x in layer.active_adapters if x in layer.lora_A]
-    if layer.disable_adapters or layer.merged or not active:
-        return layer.base_layer, None
-    refused = {
-        f"{len(active)} active adapters ({', '.join(active)})": len(active) > 1,
-        "a variant of LoRA, such as DoRA": any(x in layer.lora_variant for x in active),
-        "a bias in its LoRA": any(layer.lora_bias.get(x) for x in active),
-        "dropout in its LoRA while training": any(
-            layer.lora_dropout[x].training and getattr(layer.lora_dropout[x], "p", 0) > 0
-            for x in active
-        ),
-    }
-    for what, there in refused.items():
-        if there:
-            raise ModelError(
-                f"{name}'s output head has {what}, expected one plain LoRA adapter without "
-                "dropout: change that, or leave the head out of LoRA's target modules"
-            )
-    factors: list[Any] = [layer.lora_A[active[0]], layer.lora_B[active[0]]]
-    a, b = (_whole(factor.weight) for factor in factors)
-    return layer.base_layer, HeadAdapter(a, b, float(layer.scaling[active[0]]))
-
-
-def _saved_module(layer: Any) -> Any:
-    """Return the module behind PEFT's ``modules_to_save``, as its active adapter has it."""
-    copies = getattr(layer, "modules_to_save", None)
-    if not isinstance(copies, nn.ModuleDict):
-        return layer
-    if layer.disable_adapters or not layer.active_adapters:
-        return layer.original_module
-    return copies[layer.active_adapters[0]]
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """Return a sharded weight whole; its gradient is averaged over the processes, as FSDP's are."""
-    from torch.distributed.tensor import DTensor, Partial
-
-    if not isinstance(weight, DTensor):
-        return weight
-    mesh = weight.device_mesh
-    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda grad: grad / mesh.size())
-    return whole
-
+logger = logging.getLogger(__name__)
 
 # Hidden states and log-probs
 
@@ -218,15 +81,23 @@ def target_hidden(model: nn.Module, batch: PackedBatch, *, through_wrapper: bool
     """
     lm = causal_lm(model)
     name = type(lm).__name__
-    if not uses_packed_attention(lm):
+    padded = uses_padded_rows(lm)
+    if not padded and not uses_packed_attention(lm):
         raise ModelError(f"{name} has no packed attention: call use_packed_attention(model) first")
-    inputs = packed_inputs(batch)
+    if batch.shares_prompts and (obstacle := sharing_obstacle(lm)):
+        raise ModelError(f"{obstacle}, so its prompts cannot be shared")
+    rows = batch.target_rows
+    if padded:
+        inputs, places = padded_inputs(batch)
+        rows = places[rows]
+    else:
+        inputs = packed_inputs(batch)
     if through_wrapper or _is_fsdp2(unwrap(model)):
         if not _accepts(lm, "logits_to_keep"):
             raise ModelError(f"{name}'s forward pass has no logits_to_keep argument")
-        rows = torch.empty(0, dtype=torch.int64, device=batch.input_ids.device)
+        none = torch.empty(0, dtype=torch.int64, device=batch.input_ids.device)
         outputs = model(
-            **inputs, logits_to_keep=rows, output_hidden_states=_LAST_STATE, return_dict=True
+            **inputs, logits_to_keep=none, output_hidden_states=_LAST_STATE, return_dict=True
         )
         hidden = outputs.hidden_states[-1]
     else:
@@ -234,7 +105,9 @@ def target_hidden(model: nn.Module, batch: PackedBatch, *, through_wrapper: bool
         if backbone is lm:
             raise ModelError(f"{name} has no backbone apart from its head")
         hidden = backbone(**inputs, return_dict=True).last_hidden_state
-    return hidden[0].index_select(0, batch.target_rows)
+    hidden = hidden.flatten(0, 1)
+    # A shared prompt's last row is there once for each response.
+    return take_rows(hidden, rows) if batch.shares_prompts else hidden.index_select(0, rows)
 
 
 def _last_state_selector() -> bool | list[int]:
@@ -288,6 +161,7 @@ def score(
     groups: Iterable[Group],
     *,
     max_tokens: int,
+    share_prompts: bool = True,
     lookahead: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[list[float]]:
@@ -300,6 +174,7 @@ def score(
         model: As for ``target_hidden``.
         groups: G prompts with K responses each, K free to differ.
         max_tokens: Tokens in one forward pass; a longer group makes a pass of its own.
+        share_prompts: Compute a prompt once for all its responses, where ``can_share_prompts``.
         lookahead: Groups held at a time: more pack more tightly.
         progress: Called with the number of groups that a pass has finished.
 
@@ -308,7 +183,9 @@ def score(
     """
     groups = iter(groups)
     while window := list(islice(groups, lookahead)):
-        yield from _score_window(model, window, max_tokens, progress)
+        shared = share_prompts and any(len(group.response_ids) > 1 for group in window)
+        shared = shared and prompts_are_shared(model)
+        yield from _score_window(model, window, max_tokens, shared, progress)
 
 
 @torch.no_grad()
@@ -316,14 +193,16 @@ def _score_window(
     model: nn.Module,
     groups: list[Group],
     max_tokens: int,
+    shared: bool,
     progress: Callable[[int], None] | None,
 ) -> list[list[float]]:
     device = causal_lm(model).get_input_embeddings().weight.device
-    passes = split_by_tokens([group.num_tokens for group in groups], max_tokens)
+    lengths = [group.tokens_laid(share_prompts=shared) for group in groups]
+    passes = split_by_tokens(lengths, max_tokens)
     scores: list[list[float]] = [[] for _ in groups]
     with modules_in_eval(model):
         for indices in passes:
-            batch = pack([groups[i] for i in indices]).to(device)
+            batch = pack([groups[i] for i in indices], share_prompts=shared).to(device)
             logps = response_token_logps(model, batch)
             sums = iter(sequence_logps(logps, cu_seqlens=batch.cu_targets).sums.tolist())
             for i in indices:
@@ -397,6 +276,75 @@ def verify_head(model: nn.Module, *, atol: float | None = None, seed: int = 0) -
             f"{gaps[1].max().item():.3g})"
         )
     return largest
+
+
+# Whether prompts can be shared
+
+_TRIED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_SAID: set[str] = set()
+
+
+def can_share_prompts(model: nn.Module) -> str | None:
+    """Return why ``model``'s responses cannot share their prompt, or None where they can.
+
+    What the architecture says of itself decides first. Then, once for each model object, responses
+    of random tokens are scored with their prompts shared and each on its own: the log-probs must
+    agree to rounding. Windows longer than these 19 tokens are beyond that.
+
+    Args:
+        model: The model, wrapped or not, with packed attention.
+
+    Raises:
+        ModelError: The model takes no packed batch at all.
+    """
+    lm = causal_lm(model)
+    if reason := sharing_obstacle(lm):
+        return reason
+    if lm not in _TRIED:
+        _TRIED[lm] = _sharing_error(model)
+    return _TRIED[lm]
+
+
+def prompts_are_shared(model: nn.Module) -> bool:
+    """Return whether ``model``'s prompts can be shared, and warn once where they cannot."""
+    reason = can_share_prompts(model)
+    if reason is not None and reason not in _SAID:
+        _SAID.add(reason)
+        logger.warning("%s: prompts are not shared, each response is computed with its own", reason)
+    return reason is None
+
+
+@torch.no_grad()
+def _sharing_error(model: nn.Module) -> str | None:
+    lm = causal_lm(model)
+    embedding = lm.get_input_embeddings().weight
+    vocab = min(embedding.shape[0], read_head(model).weight.shape[0])
+    ids = torch.randint(vocab, (39,), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = [
+        Group(ids[:7], [ids[7:12], ids[12:24], ids[24:25]]),
+        Group(ids[25:27], [ids[27:31], ids[31:]]),
+    ]
+    alone = [Group(g.prompt_ids, [response]) for g in groups for response in g.response_ids]
+
+    def logps(batch: PackedBatch) -> Any:
+        return response_token_logps(model, batch.to(embedding.device), outputs=["lse"])
+
+    # Autocast computes in a dtype that the results do not show.
+    with modules_in_eval(model), torch.autocast(embedding.device.type, enabled=False):
+        shared = logps(pack(groups, share_prompts=True))
+        separate = [logps(pack([group])) for group in alone]
+        epsilon = _epsilon(target_hidden(model, pack(alone[:1]).to(embedding.device)))
+    expected = torch.cat([x.logps for x in separate])
+    lse = torch.cat([x.lse for x in separate])
+    gaps = (shared.logps - expected).abs()
+    # As in verify_head; these logits are the targets' and the log-sum-exp, which bounds the others.
+    limit = 8 * epsilon * max(1.0, lse.abs().max().item(), (expected + lse).abs().max().item())
+    if gaps.max().item() <= limit and gaps.mean().item() <= limit / 4:  # false for NaN
+        return None
+    return (
+        f"{type(lm).__name__}: log-probs behind a shared prompt differ from those of separate "
+        f"sequences by up to {gaps.max().item():.3g} (allowed: {limit:.3g})"
+    )
 
 
 def _epsilon(tensor: Tensor) -> float:

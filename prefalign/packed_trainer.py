@@ -25,7 +25,7 @@ from .config import TrainingSettings
 from .errors import RunError
 from .kernels.linear_token_logps import linear_token_logps
 from .kernels.sequence_logps import sequence_logps
-from .models import head_arguments, read_head, target_hidden
+from .models import head_arguments, prompts_are_shared, read_head, target_hidden
 from .packing import Group, PackedBatch, pack, split_by_tokens
 from .references import REFERENCE_ADAPTER
 from .run_folder import remove
@@ -53,17 +53,20 @@ class PackingCollator:
 
     Args:
         max_tokens: The budget of one pass, in tokens.
+        share_prompts: Lay a prompt once for all its responses.
     """
 
-    def __init__(self, max_tokens: int):
+    def __init__(self, max_tokens: int, *, share_prompts: bool = False):
         self.max_tokens = max_tokens
+        self.share_prompts = share_prompts
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, list[PackedBatch]]:
         """Return ``{"passes": [PackedBatch, ...]}``."""
-        lengths = [group.num_tokens for group in groups]
+        shared = self.share_prompts
+        lengths = [group.tokens_laid(share_prompts=shared) for group in groups]
         return {
             "passes": [
-                pack([groups[i] for i in indices])
+                pack([groups[i] for i in indices], share_prompts=shared)
                 for indices in split_by_tokens(lengths, self.max_tokens)
             ]
         }
@@ -81,6 +84,8 @@ class PackedTrainer(Trainer):
         args: transformers' arguments; a "batch" of theirs is groups. See ``training_arguments``.
         train_dataset: The groups, as ``Groups``.
         max_tokens: Tokens in one forward and backward pass.
+        share_prompts: Compute a prompt once for all its responses. Where that would not be exact
+            for the model, a warning says so and each response is computed with its own.
         **kwargs: Anything else that ``transformers.Trainer`` takes.
     """
 
@@ -91,6 +96,7 @@ class PackedTrainer(Trainer):
         train_dataset: Groups,
         *,
         max_tokens: int = 16384,
+        share_prompts: bool = True,
         **kwargs: Any,
     ):
         args.remove_unused_columns = False  # the examples are groups, not rows of a table
@@ -101,6 +107,10 @@ class PackedTrainer(Trainer):
             data_collator=PackingCollator(max_tokens),
             **kwargs,
         )
+        # Tried where the Trainer has put the model; a dataset of single responses needs no trial.
+        several = len(train_dataset) > 0 and len(train_dataset[0].response_ids) > 1
+        if share_prompts and several and prompts_are_shared(model):
+            self.data_collator = PackingCollator(max_tokens, share_prompts=True)
         # The loss below is already divided by the number of groups in the optimiser step.
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, dict[str, Any]] = {"": {}, "eval_": {}}

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from prefalign.kernels.sequence_logps import sequence_logps
 from tiny_models import CONFIGS, VOCAB, tiny_model, tiny_tokenizer
+from tiny_models import float64_throughout as float64_throughout
 from tiny_models import one_thread as one_thread
 from torch import nn
 
@@ -70,20 +71,6 @@ def gradients(model, logps):
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(logps, parameters, upstream, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
-
-
-@pytest.fixture
-def float64_throughout(monkeypatch):
-    """Keep float64 where transformers' norms and rotary factors would go through float32."""
-    to = torch.Tensor.to
-
-    def keep(tensor, *args, **kwargs):
-        if tensor.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values()):
-            return tensor
-        return to(tensor, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 # The eleven architectures

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import training
+from tiny_models import float64_throughout as float64_throughout
 from tiny_models import tiny_model
 from training import (
     SETTINGS,
@@ -146,7 +147,7 @@ def test_metrics_have_trls_names(tmp_path):
         "logps/chosen", "logps/rejected", "num_tokens", "loss", "learning_rate", "grad_norm",
     }  # fmt: skip
     assert wanted <= logs[0].keys()
-    tokens = sum(group.num_tokens for group in trainer.train_dataset.groups)
+    tokens = sum(g.tokens_laid(share_prompts=True) for g in trainer.train_dataset.groups)
     assert sum(log["num_tokens"] for log in logs) == tokens
     metrics = {}
     trainer.add_callback(MetricsCallback(lambda step, log: metrics.update(log)))
@@ -340,7 +341,9 @@ def test_a_resumed_lora_run_ends_in_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize("max_tokens", [40, 4096])
-def test_packed_losses_and_gradients_equal_one_sequence_at_a_time_in_float64(tmp_path, max_tokens):
+def test_packed_losses_and_gradients_equal_one_sequence_at_a_time_in_float64(
+    tmp_path, max_tokens, float64_throughout
+):
     groups = random_groups(6)
     model, reference = model_and_reference(dtype=torch.float64)
     arguments = training_arguments(SETTINGS, tmp_path, num_groups=6, epochs=1)

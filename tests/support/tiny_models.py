@@ -138,3 +138,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float64_throughout(monkeypatch):
+    """Keep float64 where transformers' norms and rotary factors would go through float32."""
+    to = torch.Tensor.to
+
+    def keep(tensor, *args, **kwargs):
+        if tensor.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values()):
+            return tensor
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
