@@ -7,11 +7,7 @@ import torch
 from datasets import load_dataset
 from ple_run import BASELINES, STAGES, listed, prepare
 from rewards import lots
-from whole_runs import (
-    final_weights,
-    refused,
-    run_here,
-)
+from whole_runs import final_weights, losses, progress, refused, run_here, run_killed
 
 from prefalign.run_folder import read_rows
 
@@ -166,6 +162,29 @@ def test_the_gauge_stops_a_run_before_it_trains(whole_run, few_arms, capsys):
     assert refused(capsys, "ple", options, "--resume") == line
     run_here("ple", {**options, "gauge.on_collapse": "warn"}, "--resume")
     assert same(folder, whole_run[0] / "run", FEW)
+
+
+def test_a_run_killed_at_three_random_points_ends_in_the_same_weights(whole_run, few_arms):
+    run_dir, killed_dir = (whole_run[0] / name for name in ("run", "killed"))
+    others = {*BASELINES, "init-guided", "plain-4", "plain-8"} - {"dpo"}
+    until = progress(run_dir, without=others)
+    killed = run_killed("ple", {**few_arms, "output_dir": killed_dir}, until, kills=3)
+
+    def table(folder):
+        rows = json.loads((folder / "evaluation.json").read_text())
+        return {row["key"]: row for row in rows}
+
+    assert same(killed_dir, run_dir, FEW), killed
+    assert (killed_dir / "report.html").stat().st_size > 10_000
+    for name in (
+        "iteration-1/responses.jsonl", "iteration-2/responses.jsonl", "iteration-2/pairs.jsonl",
+        "dpo/iteration-2/responses.jsonl", "evaluation/sft.jsonl", "evaluation/dpo.jsonl",
+    ):  # fmt: skip
+        assert (killed_dir / name).read_text() == (run_dir / name).read_text(), (name, *killed)
+    for facts in (gauge_of, table):
+        assert len(facts(killed_dir)) in (4, 5)
+        assert facts(killed_dir).items() <= facts(run_dir).items(), killed
+    assert losses(killed_dir) == [row for row in losses(run_dir) if row[0] in FEW], killed
 
 
 # Variants
