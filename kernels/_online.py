@@ -10,8 +10,9 @@ from ._head_math import accumulate, dot, gradient_dtype
 LOWEST = -1e30
 # exp of it is 0 in float64 too, and 0 times it is 0 where 0 times -inf would be NaN.
 UNDERFLOW = -1e4
-# How far, in nats, a row's maximum may rise above the m that its sums are relative to.
-SLACK = 8.0
+# How far, in nats, logits may rise above the m that sums are relative to: e^30 times a vocabulary
+# is far from float32's limit, and what is e^57 below the largest is nothing.
+SLACK = 30.0
 _LOG2_E = 1.4426950408889634
 
 
@@ -19,61 +20,78 @@ class Online:
     """Running statistics of rows of logits, all but each row's target: sums of exp(z - m).
 
     The target's logit ``zy`` joins at the end, so that a confident token's log-prob, -log(1 + x)
-    with a small x, keeps its digits. ``m`` follows the rows' maximum only where it falls behind by
-    more than ``SLACK``: then what was summed must be rescaled, which is seldom after the first
-    tile.
+    with a small x, keeps its digits. ``m`` is 0 while no logit is far from it, then a maximum that
+    the rows may leave behind by ``SLACK``: mostly nothing is subtracted, and nothing that was
+    summed is rescaled. What the entropy sums, e·(z - top), is relative to the maximum itself: it
+    would be a small difference of large sums else.
     """
 
     def __init__(self, zy: torch.Tensor, extras: tuple[str, ...] = ()):
-        self.m = torch.full_like(zy, LOWEST)
+        self.m = torch.zeros_like(zy)
         self.s = torch.zeros_like(zy)
         self.zy = zy
         self.extras = extras
+        self.begun = self.shifted = False
         self.sums = {name: torch.zeros_like(zy) for name in extras}
-        if "is_top1" in extras:
-            self.sums["is_top1"].fill_(LOWEST)
+        self.top = torch.full_like(zy, LOWEST)
 
     def update(self, z, scratch=None):
         """Take in one tile of logits, -inf at the targets; ``z``'s buffer is used up.
 
         Return (e = exp(z - m), r): sums so far shrink by r [n], or None where by nothing.
         """
-        top = z.amax(1)
-        if "is_top1" in self.extras:
-            self.sums["is_top1"] = torch.maximum(self.sums["is_top1"], top)
-        behind = top > self.m + SLACK
-        r = None
-        if behind.any():
-            m = torch.where(behind, top, self.m)
-            step = self.m - m
-            r = step.exp()
-            if "entropy" in self.extras:
-                self.sums["entropy"] = r * (self.sums["entropy"] + self.s * step)
-            if "log_sum_sq_probs" in self.extras:
-                self.sums["log_sum_sq_probs"] *= r * r
-            self.s *= r
-            self.m = m
-        z.sub_(self.m[:, None])
+        tops = z.amax(1)
+        top = torch.maximum(self.top, tops)
+        r = self._move(tops)
+        if self.shifted:
+            z.sub_(self.m[:, None])
         if "entropy" in self.extras:
             e = _exp(z, out=scratch)
-            self.sums["entropy"] += z.clamp_(min=UNDERFLOW).mul_(e).sum(1)
+            x = z.sub_((top - self.m)[:, None]).clamp_(min=UNDERFLOW)
+            self.sums["entropy"] += self.s * (self.top - top) + x.mul_(e).sum(1)
         else:
             e = _exp(z, out=z)
         if "log_sum_sq_probs" in self.extras:
             squares = torch.mul(e, e, out=z if e is scratch else scratch)
             self.sums["log_sum_sq_probs"] += squares.sum(1)
         self.s += e.sum(1)
+        self.top = top
         return e, r
 
+    def _move(self, top: torch.Tensor) -> torch.Tensor | None:
+        """Let ``m`` follow the tile's maximum; return what the sums shrink by, or None."""
+        far = top > self.m + SLACK if self.begun else top.abs() > SLACK
+        if not far.any():
+            self.begun = True
+            return None
+        m = torch.where(far, top.clamp(min=LOWEST), self.m)
+        step, self.m, self.shifted = self.m - m, m, True
+        if not self.begun:
+            self.begun = True
+            return None
+        r = step.exp()
+        if "entropy" in self.extras:
+            self.sums["entropy"] *= r
+        if "log_sum_sq_probs" in self.extras:
+            self.sums["log_sum_sq_probs"] *= r * r
+        self.s *= r
+        return r
+
     def finish(self, V: int) -> dict[str, torch.Tensor]:
-        """Let the target join ``m``, ``s`` and the extras, and return the op's outputs."""
+        """Let the target join ``m``, ``s`` and the extras, and return the op's outputs.
+
+        ``m`` ends near the log-sum-exp and ``s`` near 1, for log s to have a small rounding error;
+        ``shrink`` is what sums over e are to be multiplied with.
+        """
         others = self.s.log() + (self.m - self.zy)
-        m = torch.maximum(self.m, self.zy)
+        m = torch.maximum(self.m + self.s.log().clamp(min=LOWEST).round(), self.zy)
         step, x = self.m - m, self.zy - m
         r, e = step.exp(), x.exp()
+        top = torch.maximum(self.top, self.zy)
         for name, value in self.sums.items():
             if name == "entropy":
-                value = r * (value + self.s * step) + e * x.clamp(min=UNDERFLOW)
+                value = r * (value + self.s * (self.top - top))
+                value = value + e * (self.zy - top).clamp(min=UNDERFLOW)
             elif name == "log_sum_sq_probs":
                 value = r * r * value + e * e
             elif name == "mean_logits":
@@ -86,13 +104,13 @@ class Online:
         out = {"logps": logps, "lse": m + log_s}
         for name, value in self.sums.items():
             if name == "entropy":
-                out[name] = log_s - value / self.s
+                out[name] = (log_s + (m - top)) - value / self.s
             elif name == "mean_logits":
                 out[name] = value / V
             elif name == "log_sum_sq_probs":
                 out[name] = value.log() - 2 * log_s
             elif name == "is_top1":
-                out[name] = self.zy >= value
+                out[name] = self.zy >= self.top
         return out
 
 
