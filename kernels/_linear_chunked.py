@@ -128,6 +128,9 @@ def forward(
                         other.update(values)
                     del ref_z, values
                 slope = cap_slope(z, head, tiles.view(-1, n, v)) if sloped else None
+                if "is_top1" in extras:
+                    # The GEMM's own: of equal logits none is above the other.
+                    stats.sums["is_top1"] += torch.where(inside, z.gather(1, local)[:, 0], 0)
                 if "mean_logits" in extras:
                     put(z, local, inside, 0)
                     stats.sums["mean_logits"] += z.sum(1)

@@ -110,7 +110,7 @@ class Online:
             elif name == "log_sum_sq_probs":
                 out[name] = value.log() - 2 * log_s
             elif name == "is_top1":
-                out[name] = self.zy >= self.top
+                out[name] = value >= self.top
         return out
 
 

@@ -371,3 +371,13 @@ def test_policy_equal_to_reference_gives_log_two(impl, device):
     margin = (policy - reference).view(2, 20).sum(1)
     loss = -torch.nn.functional.logsigmoid(margin[0] - margin[1])
     assert loss.item() == torch.tensor(2.0).log().item()
+
+
+@pytest.mark.parametrize("D", [15, 64, 300])
+def test_of_equal_logits_each_is_top1(impl, device, D):
+    # The target's logit has a sum of its own, which rounds otherwise than a matrix product's.
+    hidden = torch.randn(17, D, device=device)
+    weight = torch.randn(1, D, device=device).expand(5, D)
+    targets = torch.arange(17, device=device) % 5
+    found = linear_token_logps(hidden, weight, targets, outputs=["is_top1"], impl=impl)
+    assert found.is_top1.all()
