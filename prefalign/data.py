@@ -13,6 +13,7 @@ The first row that cannot be used raises a :class:`~prefalign.errors.DataError` 
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,7 @@ def load_prompts(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     conversational: bool = False,
+    keep: Sequence[str] = (),
 ) -> Dataset:
     """Read prompts, from a source that has prompts alone or from preference pairs.
 
@@ -85,9 +87,12 @@ def load_prompts(
             looked at only where the prompt is implicit or the conversation is in them).
         conversational: Make a user's message of a prompt that is plain text, for a model that is
             trained on conversations.
+        keep: Further columns, of anything that JSON holds, for reward functions: every row has to
+            have them.
 
     Returns:
-        A dataset in memory with ``prompt`` and ``row``, as in :func:`load_preferences`.
+        A dataset in memory with ``prompt`` and ``row``, as in :func:`load_preferences`; with
+        ``keep`` also ``columns``, a JSON object for each row.
 
     Raises:
         DataError: For the first row that cannot be used, or when the source cannot be read.
@@ -105,9 +110,15 @@ def load_prompts(
         if conversational:
             prompt = as_messages(prompt, "user")
         layout.check_prompt(row, prompt)
-        return {"prompt": prompt}
+        if not keep:
+            return {"prompt": prompt}
+        for name in keep:
+            if name not in row.values:
+                raise row.error("is missing, and rewards.columns names it", name)
+        kept = {name: row.values[name] for name in keep}
+        return {"prompt": prompt, "columns": json.dumps(kept, default=str)}
 
-    return collect(source, split, names, convert)
+    return collect(source, split, {**names, **{name: name for name in keep}}, convert)
 
 
 def load_sft(

@@ -155,10 +155,10 @@ class Run(Generic[Settings]):
             tokenize_preferences(rows, self.tokenizer, source=source, **self.lengths), source
         )
 
-    def read_prompts(self, source: str) -> Dataset:
-        """Read and tokenise prompts."""
+    def read_prompts(self, source: str, keep: Sequence[str] = ()) -> Dataset:
+        """Read and tokenise prompts; ``keep`` are further columns, for reward functions."""
         # Beside conversations, a plain prompt is a user's message.
-        rows = load_prompts(source, conversational=self.conversational)
+        rows = load_prompts(source, conversational=self.conversational, keep=keep)
         return self._checked(
             tokenize_prompts(rows, self.tokenizer, source=source, **self.lengths), source
         )

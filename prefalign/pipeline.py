@@ -209,6 +209,7 @@ class Pipeline:
             train_dataset=Groups(groups),
             processing_class=self.tokenizer,  # saved beside the weights
             max_tokens=settings.training.max_tokens,
+            share_prompts=settings.training.share_prompts,
             callbacks=[
                 MetricsCallback(lambda step, logs: self._log(stage, step, logs)),
                 NoLastCheckpoint(),
@@ -366,9 +367,15 @@ class Pipeline:
         size = self.settings.generation.chunk_size
 
         def work(chunk: Sequence[Group], seed: int) -> list[dict[str, Any]]:
-            max_tokens = self.settings.training.max_tokens
+            training = self.settings.training
             with self.scorer(stage) as model, self.autocast():
-                return [{"logps": x} for x in score(model, chunk, max_tokens=max_tokens)]
+                logps = score(
+                    model,
+                    chunk,
+                    max_tokens=training.max_tokens,
+                    share_prompts=training.share_prompts,
+                )
+                return [{"logps": x} for x in logps]
 
         return [row["logps"] for row in self.chunked(name, groups, work, size)]
 
@@ -397,6 +404,7 @@ class Pipeline:
         prompts: Sequence[Text],
         completions: Sequence[Sequence[str]],
         size: int,
+        columns: Sequence[dict[str, Any]] | None = None,
     ) -> list[list[float]]:
         """Return the reward of each of each prompt's completions.
 
@@ -406,17 +414,22 @@ class Pipeline:
             prompts: A prompt for each row, as the reward functions get it.
             completions: Its completions.
             size: Prompts given to the functions at a time.
+            columns: What else the functions get of each row, by name.
         """
+        Item = tuple[int, Text, Sequence[str], dict[str, Any]]
 
-        def work(chunk: Sequence[tuple[int, Text, Sequence[str]]], seed: int) -> list[dict]:
-            flat = [(prompt, text) for _, prompt, texts in chunk for text in texts]
+        def work(chunk: Sequence[Item], seed: int) -> list[dict]:
+            flat = [(prompt, text, more) for _, prompt, texts, more in chunk for text in texts]
             scores = rewards.score(
-                [prompt for prompt, _ in flat], [text for _, text in flat], first_row=chunk[0][0]
+                [prompt for prompt, _, _ in flat],
+                [text for _, text, _ in flat],
+                {name: [more[name] for _, _, more in flat] for name in chunk[0][3]},
+                first_row=chunk[0][0],
             )
             found = iter(scores)
-            return [{"rewards": [next(found) for _ in texts]} for _, _, texts in chunk]
+            return [{"rewards": [next(found) for _ in texts]} for _, _, texts, _ in chunk]
 
-        rows = list(zip(itertools.count(), prompts, completions))
+        rows = list(zip(itertools.count(), prompts, completions, columns or itertools.repeat({})))
         with rewards.on_device(self.process.device):
             return [row["rewards"] for row in self.chunked(name, rows, work, size)]
 

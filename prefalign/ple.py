@@ -9,6 +9,7 @@ The threshold falls from iteration to iteration. The baselines are in ``ple_base
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -64,11 +65,12 @@ class PLE(Run[PLESettings]):
     def read_data(self) -> None:
         """Read the demonstrations and the queries, plain and guided."""
         data, settings = self.settings.data, self.settings
+        self.further = settings.rewards.columns
         self.demonstrations = self.read_demonstrations(data.sft) if data.sft else None
         if settings.iterations:
             guided = any(self.method(arm).guided for arm in self.arms())
             self.prompts = split_prompts(
-                (self.read_guided if guided else self.read_prompts)(data.prompts),
+                (self.read_guided if guided else self.read_prompts)(data.prompts, self.further),
                 data.prompts_per_iteration,
                 iterations=settings.iterations,
                 seed=settings.seed,
@@ -84,9 +86,9 @@ class PLE(Run[PLESettings]):
         """Read the evaluation's prompts, guided too where the evaluation asks for that."""
         return (self.read_guided if self.settings.evaluation.guided else self.read_prompts)(source)
 
-    def read_guided(self, source: str) -> Dataset:
+    def read_guided(self, source: str, keep: Sequence[str] = ()) -> Dataset:
         """Read prompts and tokenise them, as they are and under the principles."""
-        rows = load_prompts(source, conversational=self.conversational)
+        rows = load_prompts(source, conversational=self.conversational, keep=keep)
         config = causal_lm(self.parts.load(INIT)).config.get_text_config()
         room = getattr(config, "max_position_embeddings", None)
         if room is not None:
@@ -161,6 +163,7 @@ class PLE(Run[PLESettings]):
                 list(prompts["prompt"]),
                 texts,
                 self.settings.rewards.batch_size,
+                [json.loads(row) for row in prompts["columns"]] if self.further else None,
             )
             for row, answer, text, reward in zip(rows, found, texts, rewards, strict=True):
                 row["guided"] += [guided] * count

@@ -55,6 +55,7 @@ class RewardSettings:
             ``f(prompts=..., completions=..., **columns) -> list[float]``, and folders or hub names
             of sequence-classification models.
         weights: A weight for each; 1 if not given.
+        columns: Columns of the prompts' rows that the functions get too, by these names.
         normalise: ``standard`` takes an iteration's scores to mean 0 and standard deviation 1.
         batch_size: Prompts whose responses are given to the functions at a time.
         dtype: Dtype of a reward model's weights; ``auto`` is the checkpoint's own.
@@ -63,6 +64,7 @@ class RewardSettings:
 
     functions: list[str] = field(default_factory=list)
     weights: list[float] | None = None
+    columns: list[str] = field(default_factory=list)
     normalise: Literal["none", "standard"] = "none"
     batch_size: int = 1024
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

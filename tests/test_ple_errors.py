@@ -168,3 +168,27 @@ def test_an_evaluation_that_fails_can_be_taken_up_again(tmp_path, prepared, caps
     run_here("ple", options, "--resume")
     table = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [row["name"] for row in table] == ["base", "SFT"]
+
+
+def test_columns_reach_the_reward_functions(prepared, tmp_path, capsys):
+    rows = [{"prompt": f"tell me {i}:", "answer": "abc"[i % 3]} for i in range(8)]
+    few = {
+        **prepared,
+        "output_dir": tmp_path / "run",
+        "data.prompts": write_jsonl(tmp_path / "prompts.jsonl", rows),
+        "rewards.functions": listed(reward("echoes")),
+        "iterations": 1,
+    }
+    said = refused(capsys, "ple", few)
+    assert "echoes asks for answer; the columns are prompts, completions" in said
+    columns = {"rewards.columns": listed("answer")}
+    run_here("ple", {**few, **columns, "output_dir": tmp_path / "other"})
+    written = tmp_path / "other" / "iteration-1" / "responses.jsonl"
+    for line in written.read_text().splitlines():
+        found = json.loads(line)
+        want = next(r["answer"] for r in rows if r["prompt"] == found["prompt"])
+        assert found["rewards"] == [float(text[:1] == want) for text in found["responses"]]
+    rows[5].pop("answer")
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    said = refused(capsys, "ple", {**few, **columns, "output_dir": tmp_path / "third"})
+    assert "row 6" in said and "answer" in said

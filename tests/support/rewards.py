@@ -38,3 +38,10 @@ def few(prompts, completions):
 def strings(prompts, completions):
     """Give grades."""
     return ["good"] * len(completions)
+
+
+def echoes(prompts, completions, answer):
+    """A reward that needs a column: 1 where the completion begins like the row's answer."""
+    assert len(answer) == len(prompts)
+    pairs = zip(completions, answer, strict=True)
+    return [float(text[:1] == str(want)[:1]) for text, want in pairs]
