@@ -70,7 +70,7 @@ def gemm_precision(tensor: torch.Tensor) -> Iterator[None]:
 # 1.5 (D 896) to 2.1 (D 2048) times MKL's, hence ``target_logits``.
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # Rounded probabilities average out over a large vocabulary; a small one has no time to save.
-_NARROW_VOCAB = 4096
+NARROW_VOCAB = 4096
 _onednn_has_bf16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
 
 
@@ -85,7 +85,7 @@ def gradient_dtype(weight: torch.Tensor) -> torch.dtype:
     """The dtype in which GEMMs that only feed a gradient take their operands."""
     if (
         weight.dtype == torch.bfloat16
-        and weight.shape[0] >= _NARROW_VOCAB
+        and weight.shape[0] >= NARROW_VOCAB
         and (weight.is_cuda or _onednn_has_bf16())
     ):
         return torch.bfloat16

@@ -21,7 +21,7 @@ import torch
 from . import _autotune
 from ._common import INTERPRETED, on_device, triton
 from ._gemm_kernel import _gemm_kernel
-from ._head_math import Head
+from ._head_math import NARROW_VOCAB, Head
 from ._linear_chunked_backward import arrange_backward
 from ._linear_kernels import (
     _combine_kernel,
@@ -158,6 +158,14 @@ def _gemm(a, b, c, *, alpha=1.0, accumulate=True, row_scale=None, targets=None, 
     )  # fmt: skip
 
 
+def _operand_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which a GEMM that only feeds a gradient takes its operands.
+
+    Rounded probabilities average out over a large vocabulary; a small one costs little as it is.
+    """
+    return weight.dtype if weight.shape[0] >= NARROW_VOCAB else torch.float32
+
+
 def _cut(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     """Return a factor as an operand of a gradient's GEMM, in two parts where ``dtype`` has 16 bits.
 
@@ -216,6 +224,7 @@ def forward(
         blocks = blocks_for(hidden)
         if _autotune.enabled() and N and not reference and not extras:
             blocks = _tuned(hidden, weight, targets, ignore_index, rows, tile, blocks)
+    operand = _operand_dtype(weight)
     names = ("logps", "lse", *extras) + (("reference", "extrapolated") if reference else ())
     models, num = 3 if reference else 1, 6 if extras else 3
     state = hidden.new_zeros(models, num, N, dtype=torch.float32)
@@ -235,7 +244,7 @@ def forward(
             part = stats.new_empty(models, num, triton.cdiv(min(step, V), split), n)
             scale = stats.new_empty(n)
             if jacobian:
-                z, p = _tile_buffers(hidden, n, min(tile, V), hidden.dtype)
+                z, p = _tile_buffers(hidden, n, min(tile, V), operand)
                 acc, acc_low = stats.new_zeros(n, D), None
             for lo in range(0, V, step):
                 hi = min(lo + step, V)
@@ -250,9 +259,9 @@ def forward(
                 )  # fmt: skip
                 if jacobian:
                     _launch_weights(z, p, stats[0, 0], scale, y, head, lo, hi - lo, ignore_index)
-                    _gemm(p[:, : hi - lo], weight[lo:hi], acc, row_scale=scale)
+                    _gemm(p[:, : hi - lo], weight[lo:hi].to(operand), acc, row_scale=scale)
                     if adapter:
-                        up, count = _cut(adapter.up[lo:hi], hidden.dtype)
+                        up, count = _cut(adapter.up[lo:hi], operand)
                         if acc_low is None:
                             acc_low = stats.new_zeros(n, up.shape[1])
                         _gemm(p[:, : hi - lo], up, acc_low, row_scale=scale)
@@ -281,6 +290,7 @@ def backward(
     """
     adapter = _contiguous(adapter)
     V, D = weight.shape
+    operand = _operand_dtype(weight)
     blocks = blocks_for(hidden)
     most = min(rows, hidden.shape[0])
     tile, split = split_sizes(most, V, tile, blocks, row_for(hidden.device))
@@ -292,19 +302,19 @@ def backward(
 
     def run(first, last, dh, dw, db, dlow, dup):
         n = min(rows, last - first)
-        z_buffer, dz_buffer = _tile_buffers(hidden, n, min(tile, V), hidden.dtype)
+        z_buffer, dz_buffer = _tile_buffers(hidden, n, min(tile, V), operand)
         # One row chunk writes its slice of dWeight at once; several sum it in float32 first.
         several = last - first > n and weight.dtype != torch.float32
         dw_buffer = norm.new_empty(min(tile, V), D) if dw is not None and several else None
         for lo in range(0, V, tile):
             hi = min(lo + tile, V)
-            w = weight[lo:hi]
+            w = weight[lo:hi].to(operand)
             if dw is not None:
                 dw_slice = dw[lo:hi] if dw_buffer is None else dw_buffer[: hi - lo]
             db_sum = norm.new_zeros(hi - lo) if db is not None else None
             dup_sum = None
             if dlow is not None:
-                up, count = _cut(adapter.up[lo:hi], hidden.dtype)
+                up, count = _cut(adapter.up[lo:hi], operand)
             for start in range(first, last, rows):
                 chunk = slice(start, min(start + rows, last))
                 x, y = hidden[chunk], targets[chunk]
@@ -321,7 +331,7 @@ def backward(
                     _gemm(dz, w, dh[start - first : chunk.stop - first], alpha=k)
                 if dw is not None:
                     _gemm(
-                        dz.T, x, dw_slice, alpha=k, accumulate=start > first, targets=y,
+                        dz.T, x.to(operand), dw_slice, alpha=k, accumulate=start > first, targets=y,
                         ignore=ignore_index,
                     )  # fmt: skip
                 if dlow is not None:
@@ -329,7 +339,7 @@ def backward(
                     _gemm(dz, up, product, alpha=k, accumulate=False)
                     dlow[chunk] += fold(product, count)
                 if dup is not None:
-                    low, low_count = _cut(here.low, hidden.dtype)
+                    low, low_count = _cut(here.low, operand)
                     if dup_sum is None:
                         dup_sum = norm.new_zeros(hi - lo, low.shape[1])
                     _gemm(dz.T, low, dup_sum, alpha=k, targets=y, ignore=ignore_index)

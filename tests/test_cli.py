@@ -137,9 +137,9 @@ def test_nan_in_the_weights_names_the_tensor(tmp_path, prepared, capsys):
 
 
 def test_a_model_that_cannot_be_reproduced_is_refused(tmp_path, prepared, capsys):
-    folder = write_model(tmp_path / "model", "bloom")
+    folder = write_model(tmp_path / "model", "mamba")
     options = {**prepared[1], "output_dir": tmp_path / "run", "model.path": folder}
-    assert "Bloom" in refused(capsys, "spa", options)
+    assert "Mamba" in refused(capsys, "spa", options)
 
 
 def test_an_output_folder_with_another_run_is_refused(tmp_path, prepared, capsys):

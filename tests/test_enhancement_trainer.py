@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import float64_throughout as float64_throughout
 from tiny_models import tiny_model
 from training import SETTINGS, eager_sum, model_and_reference, random_groups, train, weights
 
@@ -17,11 +18,13 @@ from prefalign.ple_config import EnhancementSettings
 from prefalign.sft_trainer import SFTTrainer
 from prefalign.trainer import PreferenceTrainer
 
+pytestmark = pytest.mark.usefixtures("float64_throughout")
+
 RANKINGS = ("mean", "sum", "probability", "logistic")
 # Plain gradient descent, so that a step is the gradient; batches that take several passes.
 DESCENT = replace(
     SETTINGS, learning_rate=0.1, lr_scheduler="constant", warmup_ratio=0, max_grad_norm=0,
-    optimizer="sgd", save_steps=100,
+    optimizer="sgd", save_steps=100, max_tokens=24,
 )  # fmt: skip
 ACCUMULATION = {1: DESCENT, 2: replace(DESCENT, batch_size=2)}
 
