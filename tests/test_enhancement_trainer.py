@@ -18,8 +18,7 @@ from prefalign.ple_config import EnhancementSettings
 from prefalign.sft_trainer import SFTTrainer
 from prefalign.trainer import PreferenceTrainer
 
-pytestmark = pytest.mark.usefixtures("float64_throughout")
-
+in_float64 = pytest.mark.usefixtures("float64_throughout")
 RANKINGS = ("mean", "sum", "probability", "logistic")
 # Plain gradient descent, so that a step is the gradient; batches that take several passes.
 DESCENT = replace(
@@ -84,6 +83,7 @@ def enhancement_trainer(tmp_path, groups, model=None, max_tokens=4096, threshold
 
 @pytest.mark.parametrize("sft", ["mean", "sum"])
 @pytest.mark.parametrize("ranking", RANKINGS)
+@in_float64
 def test_losses_and_gradients_equal_plain_torch_in_float64(tmp_path, ranking, sft):
     gaps = (0.5, 0.25, -0.125, 0.375, 1.5, -2.0, 0.0, 0.625)
     groups = rewarded([(1.0 + gap, 1.0) for gap in gaps], seed=4)
@@ -195,6 +195,7 @@ def assert_same_step(ours, theirs, loss, logged):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@in_float64
 def test_the_loss_of_a_step_is_the_mean_over_its_pairs(tmp_path, accumulation):
     groups = rewarded([(0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.125, 0.5)])
     ours, logged = one_step(
@@ -208,6 +209,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_pairs(tmp_path, accumulation):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("mean_over", ["tokens", "responses"])
+@in_float64
 def test_sft_is_the_mean_over_a_steps_tokens_or_responses(tmp_path, mean_over, accumulation):
     # One response, two and three: every one of a group is learned.
     pairs = random_groups(4, seed=3)
@@ -237,6 +239,7 @@ def test_sft_refuses_another_mean(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("weighted_mean", [True, False])
+@in_float64
 def test_weights_divide_a_whole_steps_losses(tmp_path, weighted_mean, accumulation):
     share = (1.0, 0.0, 0.5, 0.75)
     reference = ((-9.0, -4.0), (-3.0, -8.0), (-20.0, -2.0), (-6.0, -6.5))
