@@ -33,7 +33,7 @@ def load_tokenizer(
     Raises:
         ModelError: There is none to load, or it has no EOS token.
     """
-    name = _checked_path(path)
+    name = checked_path(path)
     if Path(name).is_dir() and not any(Path(name).glob("*token*")):
         raise ModelError(f"{name}: the folder holds no tokenizer")
     try:
@@ -78,11 +78,11 @@ def load_model(
         ModelError: There is no such model, its files are damaged or incomplete, PEFT is missing, or
             the architecture cannot take packed batches.
     """
-    name = _checked_path(path)
+    name = checked_path(path)
     if adapter is None and (Path(name) / "adapter_config.json").is_file():
         adapter = name
         config = _import_peft().PeftConfig.from_pretrained(name)
-        name = _checked_path(str(config.base_model_name_or_path))
+        name = checked_path(str(config.base_model_name_or_path))
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
     model = _load_base(name, options)
     if isinstance(lora, LoraSettings):
@@ -129,7 +129,7 @@ def _load_base(name: str, options: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def _checked_path(path: str | os.PathLike[str]) -> str:
+def checked_path(path: str | os.PathLike[str]) -> str:
     """Return a folder that exists or a hub name; nothing else goes to the hub."""
     name = os.fspath(path)
     folder = Path(name).expanduser()

@@ -22,9 +22,10 @@ from datasets import Dataset
 from .config import GaugeSettings, RunSettings
 from .data import load_preferences, load_prompts, load_sft
 from .errors import CollapseError
+from .evaluation import Evaluated, evaluate
 from .gauge import GaugeReading
 from .packing import Group
-from .pipeline import Evaluated, Pipeline
+from .pipeline import Pipeline
 from .report import write_report
 from .rewards import Reward, load_reward
 from .run_folder import StepLog
@@ -101,7 +102,7 @@ class Run(Generic[Settings]):
                 self.report()
         self.compare()
         if self.reward is not None:
-            self.parts.evaluate(self.models(), self.eval_prompts, self.reward)
+            evaluate(self.parts, self.models(), self.eval_prompts, self.reward)
         self.report()
 
     # What an algorithm says

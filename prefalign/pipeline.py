@@ -12,23 +12,20 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import statistics
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .attention import causal_lm
 from .config import GenerationSettings, RunSettings, TrainingSettings
-from .data import as_text
 from .encoding import Text
 from .generation import Generator, TransformersGenerator, VLLMGenerator
 from .models import check_finite, load_model, load_tokenizer, score, verify_head
@@ -43,14 +40,13 @@ from .packed_trainer import (
 )
 from .packing import Group
 from .references import REFERENCE_ADAPTER, is_peft, reference_of
-from .rewards import Reward, Rewards, call_reward
+from .rewards import Rewards
 from .run_folder import (
     RunFolder,
     put_in_place,
     read_rows,
     remove,
     require_space,
-    write_json,
     write_rows,
 )
 
@@ -61,22 +57,6 @@ INIT = "init"
 def stage_seed(seed: int, *names: str | int) -> int:
     """Return a seed for one piece of work, the same in every process and on every resume."""
     return zlib.crc32(":".join(map(str, (seed, *names))).encode()) & 0x7FFFFFFF
-
-
-class Evaluated(NamedTuple):
-    """A model that is evaluated, and the prompts that it is given.
-
-    Args:
-        key: Name of its row and files.
-        name: What tables call it.
-        stage: The stage whose weights it has.
-        prompt_ids: What it answers, one prompt for each of the evaluation's.
-    """
-
-    key: str
-    name: str
-    stage: str
-    prompt_ids: Sequence[list[int]]
 
 
 class Pipeline:
@@ -433,63 +413,7 @@ class Pipeline:
         with rewards.on_device(self.process.device):
             return [row["rewards"] for row in self.chunked(name, rows, work, size)]
 
-    # Evaluation
-
-    def evaluate(self, models: Sequence[Evaluated], prompts: Dataset, reward: Reward) -> None:
-        """Sample a response to each prompt from each model and compare rewards with the first's.
-
-        Writes ``evaluation/<key>.jsonl`` and ``evaluation.json``.
-
-        Args:
-            models: The models; the first is the baseline.
-            prompts: The prompts, as the reward gets them.
-            reward: The reward.
-        """
-        given = list(prompts["prompt"])
-        texts = [as_text(prompt) for prompt in given]
-        rewards: dict[str, list[float]] = {}
-        table = []
-        for key, name, stage, prompt_ids in models:
-            rows = self.generate(f"evaluation/{key}/generated", stage, prompt_ids, samples=1)
-            completions = [self.decode(row["ids"][0]) for row in rows]
-            with Rewards(reward).on_device(self.process.device):
-                rewards[key] = call_reward(reward, given, completions)
-            tokens = [len(row["ids"][0]) for row in rows]
-            cut = [row["cut"][0] for row in rows]
-            if self.process.is_main_process:
-                write_rows(
-                    self.run.path / "evaluation" / f"{key}.jsonl",
-                    (
-                        dict(
-                            zip(
-                                ("prompt", "completion", "reward", "tokens", "cut"),
-                                row,
-                                strict=True,
-                            )
-                        )
-                        for row in zip(texts, completions, rewards[key], tokens, cut, strict=True)
-                    ),
-                )
-            baseline = rewards[models[0].key]
-            wins = [
-                0.5 + 0.5 * ((ours > theirs) - (ours < theirs))
-                for ours, theirs in zip(rewards[key], baseline, strict=True)
-            ]
-            table.append(
-                {
-                    "name": name,
-                    "key": key,
-                    "win_rate": statistics.fmean(wins),
-                    "win_rate_stderr": statistics.pstdev(wins) / math.sqrt(len(wins)),
-                    "mean_reward": statistics.fmean(rewards[key]),
-                    "mean_tokens": statistics.fmean(tokens),
-                    "cut_share": statistics.fmean(cut),
-                    "steps": self.steps_of(stage),
-                    "prompts": len(texts),
-                }
-            )
-        if self.process.is_main_process:
-            write_json(self.run.path / "evaluation.json", table)
+    # What is known of a stage, and of a response
 
     def steps_of(self, stage: str) -> int:
         """Return the optimiser steps between π_init and a stage's weights."""

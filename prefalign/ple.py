@@ -19,10 +19,11 @@ from datasets import Dataset
 from .attention import causal_lm
 from .data import load_prompts, split_prompts
 from .errors import RunError
+from .evaluation import Evaluated
 from .gauge import read_gauge
 from .loop import Arm, Run
 from .packing import Group
-from .pipeline import INIT, Evaluated
+from .pipeline import INIT
 from .ple_baselines import METHODS, Method, Row
 from .ple_config import PLESettings
 from .principles import load_principles, tokenize_guided

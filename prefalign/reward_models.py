@@ -26,7 +26,7 @@ from .data import as_text
 from .encoding import Text
 from .errors import ModelError
 from .layouts import as_messages
-from .loading import _checked_path, first_line
+from .loading import checked_path, first_line
 from .references import modules_in_eval
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def load_reward_model(
     Raises:
         ModelError: There is no such model, it has no classification head, or as ``RewardModel``.
     """
-    name = _checked_path(path)
+    name = checked_path(path)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name}: the folder holds no model: there is no config.json")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -14,13 +14,14 @@ import torch
 from datasets import Dataset
 
 from .data import hold_out, split_prompts, warn_shared_prompts
+from .evaluation import Evaluated
 from .gauge import read_gauge
 from .kernels.pairwise_preference_logits import pairwise_preference_logits
 from .loop import Arm, Run
 from .noise_aware import NoiseAwareTrainer
 from .packed_trainer import PackedTrainer
 from .packing import Group
-from .pipeline import INIT, Evaluated, Pipeline
+from .pipeline import INIT, Pipeline
 from .references import snapshot_reference
 from .rewards import call_reward
 from .run_folder import read_rows, write_rows

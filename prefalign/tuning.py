@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .config import DPOSettings, SFTSettings
 from .errors import RunError
+from .evaluation import Evaluated
 from .kernels.losses import LOSSES
 from .loop import Run
-from .pipeline import INIT, Evaluated
+from .pipeline import INIT
 from .sft_trainer import SFTTrainer
 from .tokenization import groups_from_pairs, groups_from_sft, is_conversational
 from .trainer import PreferenceTrainer

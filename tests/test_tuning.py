@@ -101,8 +101,9 @@ def test_a_whole_run_and_one_that_is_resumed(prepared, monkeypatch, command, nam
 
 
 def test_dpo_is_smoothed_and_its_reference_is_scored_once(prepared):
-    folder, _ = prepared
-    scored = (folder / "dpo" / "dpo" / "reference").glob("*.jsonl")
+    folder, options = prepared
+    run_here("dpo", {**options["dpo"], "output_dir": folder / "smoothed"})
+    scored = (folder / "smoothed" / "dpo" / "reference").glob("*.jsonl")
     found = [row["logps"] for path in sorted(scored) for row in read_rows(path)]
     model = load_model(str(folder / "model"), dtype="float32", device="cpu")
     model.set_attn_implementation("eager")
@@ -120,7 +121,7 @@ def test_dpo_is_smoothed_and_its_reference_is_scored_once(prepared):
     with torch.no_grad():
         expected = [logps(model, row) for row in pairs(8)]
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-4)
-    metrics = read_rows(folder / "dpo" / "metrics.jsonl")
+    metrics = read_rows(folder / "smoothed" / "metrics.jsonl")
     assert metrics[0]["rewards/margins"] == 0
     assert max(abs(row["rewards/margins"]) for row in metrics) > 0.1
     for row in metrics:  # of one pair each
