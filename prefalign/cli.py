@@ -21,11 +21,11 @@ INTERRUPTED = 130
 
 
 class Command(NamedTuple):
-    """A command that runs an algorithm.
+    """A command.
 
     Args:
         settings: Where its settings are, as ``module:class``.
-        run: Where the algorithm is.
+        run: Where the algorithm, or a tool's function, is.
         help: What it does; the part before the first colon is its line in the overview.
     """
 
@@ -61,6 +61,8 @@ RUNS = {
         "Supervised fine-tuning on demonstrations: the mean negative log-prob of their tokens.",
     ),
 }
+# Commands that make no run: each function takes its settings and returns the exit status.
+TOOLS: dict[str, Command] = {}
 SWITCHES = {
     "resume": "Go on with the run that output_dir holds.",
     "overwrite": "Remove the run that output_dir holds, and start anew.",
@@ -99,6 +101,11 @@ def build_parser():
             sub.add_argument(f"--{switch}", action="store_true", help=text)
         sub.add_class_arguments(_find(command.settings), as_group=True, skip=set(SWITCHES))
         commands.add_subcommand(name, sub, help=command.help.split(":")[0])
+    for name, command in TOOLS.items():
+        usage = f"prefalign {name} [--OPTION VALUE ...]"
+        sub = Parser(description=command.help, usage=usage)
+        sub.add_class_arguments(_find(command.settings), as_group=True)
+        commands.add_subcommand(name, sub, help=command.help.split(":")[0])
     bench = Parser(description=HELP, usage="prefalign bench [--OPTION VALUE ...]")
     add_options(bench)
     commands.add_subcommand("bench", bench, help=HELP.split(":")[0])
@@ -128,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parser.instantiate(parsed)[parsed.command]
         if parsed.command == "bench":
             return run_bench(settings)
+        if parsed.command in TOOLS:
+            return run_tool(TOOLS[parsed.command], settings)
         return run_algorithm(RUNS[parsed.command], settings)
     except UserError as error:
         return _fail(one_line(error))
@@ -161,13 +170,21 @@ def _find(place: str) -> Any:
     return getattr(importlib.import_module(f".{module}", __package__), name)
 
 
+def _settings(command: Command, values) -> Any:
+    kind = _find(command.settings)
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def run_tool(command: Command, values) -> int:
+    """Run a command that makes no run, and return its exit status."""
+    return _find(command.run)(_settings(command, values))
+
+
 def run_algorithm(command: Command, values) -> int:
     """Run an algorithm and print where its results are."""
     from .report import summary_table
 
-    settings = _find(command.settings)
-    names = [field.name for field in dataclasses.fields(settings)]
-    run = _find(command.run)(settings(**{name: values[name] for name in names}))
+    run = _find(command.run)(_settings(command, values))
     run.run()
     if run.parts.process.is_main_process:
         print(f"\n{summary_table(run.parts.run.path)}\n")

@@ -110,6 +110,9 @@ class TrainingSettings:
         max_tokens: Tokens in one forward and backward pass on one device; a step takes as many
             passes as it needs.
         share_prompts: Compute a prompt once for all its responses; false repeats it before each.
+        split_pairs: Compute the responses of an example that is longer than max_tokens one after
+            the other, with the same gradients, at one more forward pass of all but the longest;
+            false gives such an example a pass of its own.
         epochs: Epochs over the data, or over an iteration's own.
         optimizer: An optimiser that transformers knows.
         weight_decay: AdamW's weight decay.
@@ -128,6 +131,7 @@ class TrainingSettings:
     batch_size: int = 32
     max_tokens: int = 16384
     share_prompts: bool = True
+    split_pairs: bool = True
     epochs: int = 1
     optimizer: str = "adamw_torch"
     weight_decay: float = 0.0
@@ -138,6 +142,22 @@ class TrainingSettings:
     save_steps: int = 100
     report_to: list[str] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What is done before the first step about a run that would not fit in memory.
+
+    Args:
+        limit: Memory of one device, such as 24GiB; a GPU's own if not given. A run on a CPU is
+            planned only where this is given.
+        on_excess: What a predicted peak over the limit does: ``refuse`` the run; ``adapt`` the
+            settings that change no result (token budget, gradient checkpointing), or refuse where
+            that is not enough; ``warn``; or ``off``, which predicts nothing.
+    """
+
+    limit: str | None = None
+    on_excess: Literal["refuse", "adapt", "warn", "off"] = "refuse"
 
 
 @dataclass(frozen=True)
@@ -219,9 +239,11 @@ class RunSettings:
         resume: Go on with the run that ``output_dir`` holds.
         overwrite: Remove the run that ``output_dir`` holds.
         seed: Seed of every random choice.
+        reference_cache: Folder of log-probs of fixed models, which runs share; none if not given.
         model: The model.
         data: The data.
         training: Training.
+        memory: Memory.
         generation: Generation.
         evaluation: Evaluation.
     """
@@ -230,9 +252,11 @@ class RunSettings:
     resume: bool = False
     overwrite: bool = False
     seed: int = 0
+    reference_cache: str | None = None
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
