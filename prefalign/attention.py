@@ -28,7 +28,7 @@ from transformers import AttentionInterface
 
 from .attention_backends import PackedCall, backend_for
 from .errors import ModelError
-from .packing import PackedBatch
+from .packing import PackedBatch, Segments
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
 
         dict(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
              cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
-             max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen, use_cache=False)
+             max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
+             segments=batch.segments, use_cache=False)
 
     Where prompts are shared, ``key_rows`` ``[T_k]`` lists every segment's keys, its parent's rows
     first, ``cu_seq_lens_k`` and ``max_length_k`` count those, and ``parents`` comes along. All was
@@ -88,6 +89,7 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
+        "segments": batch.segments,
         "use_cache": False,
     }
     if batch.shares_prompts:
@@ -136,6 +138,7 @@ def packed_attention(
     max_length_k: int | None = None,
     key_rows: Tensor | None = None,
     parents: Tensor | None = None,
+    segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each segment of a packed row, as transformers' attention interface asks.
@@ -158,6 +161,7 @@ def packed_attention(
         key_rows: Rows of ``key`` and ``value``, int64 ``[T_k]``, segment after segment, or None
             where every segment sees its own only.
         parents: The same as the segment that each sees before itself, int32 ``[S]``, or -1.
+        segments: The segments' lengths and parents on the host, so that no backend reads them.
         kwargs: Whatever else a model passes; refused where it would change the result.
 
     Returns:
@@ -204,6 +208,7 @@ def packed_attention(
         dropout=dropout,
         key_rows=key_rows,
         parents=parents,
+        segments=segments,
     )
     return backend_for(call)(call)[None], None
 

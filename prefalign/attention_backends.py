@@ -14,13 +14,14 @@ eager, segment by segment  anywhere                      nothing: holds one segm
 =========================  ============================  ==========================================
 
 The first two gather the keys that a segment sees, its parent's first; the others take them from
-where they are. The last two read the segments' bounds on the host: on a GPU a sync in every layer.
+where they are. The last three loop over the segments, whose lengths come with the batch.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._merged_attention import has_kernels, merged_attention
+from .packing import Segments
 
 _FLASH_MAX_HEAD_SIZE = 256
 
@@ -56,6 +58,15 @@ class PackedCall:
     dropout: float
     key_rows: Tensor | None = None  # [T_k]
     parents: Tensor | None = None  # [S], -1 where there is none
+    segments: Segments | None = None
+
+    def on_host(self) -> Segments:
+        """Return the segments' lengths and parents; reads the device where they did not come."""
+        if self.segments is not None:
+            return self.segments
+        lengths = self.cu_q.diff().tolist()
+        parents = [-1] * len(lengths) if self.parents is None else self.parents.tolist()
+        return Segments(tuple(lengths), tuple(parents))
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values that the segments see, ``[T_k, H_kv, ...]``."""
@@ -81,8 +92,14 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
+PLANNED: ContextVar[Callable[[PackedCall], Tensor] | None] = ContextVar("PLANNED", default=None)
+"""In the place of every backend, where memory is planned for a device that is not there."""
+
+
 def backend_for(call: PackedCall) -> Callable[[PackedCall], Tensor]:
     """Return the first backend that is exact for ``call``."""
+    if (planned := PLANNED.get()) is not None:
+        return planned
     size = call.query.shape[-1]
     if (
         call.query.is_cuda
@@ -183,9 +200,9 @@ def _attend_varlen(call: PackedCall) -> Tensor:
 
 
 def _attend_merged(call: PackedCall) -> Tensor:
-    lengths = call.cu_q.diff().tolist()
-    parents = [-1] * len(lengths) if call.parents is None else call.parents.tolist()
-    return merged_attention(call.query, call.key, call.value, lengths, parents, call.scale)
+    segments = call.on_host()
+    parts = (segments.lengths, segments.parents)
+    return merged_attention(call.query, call.key, call.value, *parts, call.scale)
 
 
 def _segments(call: PackedCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -193,10 +210,9 @@ def _segments(call: PackedCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
     A parent's keys come before a segment's own, as far back as the window reaches.
     """
-    lengths = call.cu_q.diff().tolist()
+    lengths, parents = call.on_host().lengths, call.on_host().parents
     # One split, not a slice each: a slice's backward fills a gradient of all T rows with zeros.
     queries, keys, values = (x.split(lengths) for x in (call.query, call.key, call.value))
-    parents = [-1] * len(lengths) if call.parents is None else call.parents.tolist()
     for query, key, value, parent in zip(queries, keys, values, parents, strict=True):
         if parent >= 0:
             length = lengths[parent]

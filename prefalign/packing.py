@@ -54,6 +54,19 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """What ``cu_seqlens`` and ``parents`` say, on the host: who needs it need not read the device.
+
+    Args:
+        lengths: Tokens in each segment.
+        parents: The segment whose keys each also sees, or -1.
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Sequences laid end to end: T tokens, S segments, N targets, R responses, G groups.
 
@@ -76,6 +89,7 @@ class PackedBatch:
             segment, its parent's first, int64 ``[T_k]``; None where a segment sees its own alone.
         cu_keys: Segment s sees ``key_rows[cu_keys[s]:cu_keys[s + 1]]``, int32 ``[S + 1]``, or None.
         max_keys: Keys that the segment with most of them sees, or None.
+        segments: The segments' lengths and parents on the host, or None.
     """
 
     input_ids: Tensor
@@ -92,6 +106,7 @@ class PackedBatch:
     key_rows: Tensor | None = None
     cu_keys: Tensor | None = None
     max_keys: int | None = None
+    segments: Segments | None = None
 
     @property
     def shares_prompts(self) -> bool:
@@ -187,6 +202,7 @@ def pack(groups: Sequence[Group], *, share_prompts: bool = False) -> PackedBatch
         cu_targets=_offsets(response_lengths),
         cu_groups=_offsets([len(group.response_ids) for group in groups]),
         example_ids=torch.tensor([group.example_id for group in groups], dtype=torch.int64),
+        segments=Segments(tuple(end - start for start, end in pairwise(bounds)), tuple(parents)),
         extras={
             name: torch.tensor(
                 [x for group in groups for x in group.extras[name]], dtype=torch.float32
