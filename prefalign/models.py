@@ -11,12 +11,15 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ._head import Head, head_arguments, read_head, refuse_head_adapter
 from .attention import (
@@ -34,7 +37,8 @@ from .errors import ModelError
 from .kernels.linear_token_logps import linear_token_logps
 from .kernels.sequence_logps import sequence_logps
 from .loading import check_finite, first_line, load_model, load_tokenizer
-from .packing import Group, PackedBatch, pack, split_by_tokens
+from .packing import Group, PackedBatch, pack
+from .passes import pack_parts, split_by_tokens
 from .references import Reference, modules_in_eval, reference_of, snapshot_reference
 
 __all__ = [
@@ -66,6 +70,11 @@ def target_hidden(model: nn.Module, batch: PackedBatch, *, through_wrapper: bool
 
     Equivalent to ``model(batch, output_hidden_states=True).hidden_states[-1][target_rows]``.
 
+    The parts of a batch that has them are run one after the other, the largest last. With gradients
+    the activations of that one alone are kept: those of the others are computed again in backward,
+    where each part's are freed before the next part's are made, under the same random numbers and
+    autocast. So the model must be left as it is, adapters included, until backward is done.
+
     Args:
         model: The model, wrapped or not, with packed attention.
         batch: T tokens and N targets, on the model's device.
@@ -79,6 +88,30 @@ def target_hidden(model: nn.Module, batch: PackedBatch, *, through_wrapper: bool
     Raises:
         ModelError: The model lacks packed attention, ``logits_to_keep`` or a backbone of its own.
     """
+    if not batch.parts:
+        return _target_hidden(model, batch, through_wrapper)
+    # DDP prepares its reducer in every forward pass, for the one backward after it: it sees only
+    # the last part's. The gradients of all parts arrive together, at the parameters.
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    last = max(range(len(batch.parts)), key=lambda i: batch.parts[i].num_tokens)
+    hidden: dict[int, Tensor] = {}
+    for i, part in enumerate(batch.parts):
+        if i != last:
+            run = partial(_hidden_from_ids, inner, part, through_wrapper)
+            # The ids are an argument since random states are kept for the devices of arguments.
+            hidden[i] = checkpoint(run, part.input_ids, use_reentrant=False)
+    hidden[last] = _target_hidden(model, batch.parts[last], through_wrapper)
+    return torch.cat([hidden[i] for i in range(len(batch.parts))])
+
+
+def _hidden_from_ids(
+    model: nn.Module, batch: PackedBatch, through_wrapper: bool, input_ids: Tensor
+) -> Tensor:
+    return _target_hidden(model, replace(batch, input_ids=input_ids), through_wrapper)
+
+
+def _target_hidden(model: nn.Module, batch: PackedBatch, through_wrapper: bool) -> Tensor:
+    """Return the hidden states at the targets of a batch without parts."""
     lm = causal_lm(model)
     name = type(lm).__name__
     padded = uses_padded_rows(lm)
@@ -173,7 +206,8 @@ def score(
     Args:
         model: As for ``target_hidden``.
         groups: G prompts with K responses each, K free to differ.
-        max_tokens: Tokens in one forward pass; a longer group makes a pass of its own.
+        max_tokens: Tokens in one forward pass. A longer group is divided between its responses; a
+            longer response makes a pass of its own.
         share_prompts: Compute a prompt once for all its responses, where ``can_share_prompts``.
         lookahead: Groups held at a time: more pack more tightly.
         progress: Called with the number of groups that a pass has finished.
@@ -202,7 +236,8 @@ def _score_window(
     scores: list[list[float]] = [[] for _ in groups]
     with modules_in_eval(model):
         for indices in passes:
-            batch = pack([groups[i] for i in indices], share_prompts=shared).to(device)
+            together = [groups[i] for i in indices]
+            batch = pack_parts(together, max_tokens, share_prompts=shared).to(device)
             logps = response_token_logps(model, batch)
             sums = iter(sequence_logps(logps, cu_seqlens=batch.cu_targets).sums.tolist())
             for i in indices:

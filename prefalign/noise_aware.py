@@ -167,15 +167,16 @@ class NoiseAwareTrainer(PreferenceTrainer):
         self, model: torch.nn.Module, batch: PackedBatch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return policy, reference and extrapolated log-probs of each response, ``[R]`` each."""
-        hidden = target_hidden(model, batch, through_wrapper=True)
         if self.extrapolation == 0 and self.reference is None:
-            policy = self.response_logps(hidden, model, batch)
+            policy = self.policy_logps(model, batch)
             return policy, batch.extras["reference_logps"], policy.detach()
         assert self.reference is not None, "extrapolation needs the reference's hidden states"
-        head = read_head(self.accelerator.unwrap_model(model))
+        # The reference comes first, before the policy's activations are there.
         with torch.no_grad(), self.reference.use() as reference:
             ref_hidden = target_hidden(reference, batch)
             ref_head = read_head(reference)
+        hidden = target_hidden(model, batch, through_wrapper=True)
+        head = read_head(self.accelerator.unwrap_model(model))
         arguments = head_arguments(head, hidden)
         if ref_head.weight is not head.weight:
             ref_arguments = head_arguments(ref_head, ref_hidden)

@@ -9,9 +9,11 @@ learned is the subclasses': ``trainer.PreferenceTrainer``, ``sft_trainer.SFTTrai
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +28,19 @@ from .errors import RunError
 from .kernels.linear_token_logps import linear_token_logps
 from .kernels.sequence_logps import sequence_logps
 from .models import head_arguments, prompts_are_shared, read_head, target_hidden
-from .packing import Group, PackedBatch, pack, split_by_tokens
+from .packing import PackedBatch
+from .passes import Groups, PackingCollator
 from .references import REFERENCE_ADAPTER
 from .run_folder import remove
 
+logger = logging.getLogger(__name__)
 
-class Groups(torch.utils.data.Dataset):
-    """A map-style dataset of groups, as the data loader wants it.
-
-    Args:
-        groups: One for each example; a pair has two responses, chosen first.
-    """
-
-    def __init__(self, groups: Sequence[Group]):
-        self.groups = groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> Group:
-        return self.groups[index]
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-class PackingCollator:
-    """Collate groups into passes of at most ``max_tokens`` tokens.
-
-    Args:
-        max_tokens: The budget of one pass, in tokens.
-        share_prompts: Lay a prompt once for all its responses.
-    """
-
-    def __init__(self, max_tokens: int, *, share_prompts: bool = False):
-        self.max_tokens = max_tokens
-        self.share_prompts = share_prompts
-
-    def __call__(self, groups: Sequence[Group]) -> dict[str, list[PackedBatch]]:
-        """Return ``{"passes": [PackedBatch, ...]}``."""
-        shared = self.share_prompts
-        lengths = [group.tokens_laid(share_prompts=shared) for group in groups]
-        return {
-            "passes": [
-                pack([groups[i] for i in indices], share_prompts=shared)
-                for indices in split_by_tokens(lengths, self.max_tokens)
-            ]
-        }
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class PackedTrainer(Trainer):
@@ -86,7 +57,18 @@ class PackedTrainer(Trainer):
         max_tokens: Tokens in one forward and backward pass.
         share_prompts: Compute a prompt once for all its responses. Where that would not be exact
             for the model, a warning says so and each response is computed with its own.
+        split_pairs: Run the responses of a group that is longer than ``max_tokens`` through the
+            backbone one after the other, which takes one more forward pass of all but the longest
+            part and keeps the activations of one part at a time. The gradients are the same.
+            Sharded engines (FSDP, DeepSpeed) do not split, and a warning says so.
         **kwargs: Anything else that ``transformers.Trainer`` takes.
+    """
+
+    couples_batch = False
+    """Whether ``group_losses`` of one group depends on the others of its batch.
+
+    Then all groups of a batch, a process's share of ``batch_size``, come to it at once, in parts
+    that keep to ``max_tokens``.
     """
 
     def __init__(
@@ -97,6 +79,7 @@ class PackedTrainer(Trainer):
         *,
         max_tokens: int = 16384,
         share_prompts: bool = True,
+        split_pairs: bool = True,
         **kwargs: Any,
     ):
         args.remove_unused_columns = False  # the examples are groups, not rows of a table
@@ -109,12 +92,29 @@ class PackedTrainer(Trainer):
         )
         # Tried where the Trainer has put the model; a dataset of single responses needs no trial.
         several = len(train_dataset) > 0 and len(train_dataset[0].response_ids) > 1
-        if share_prompts and several and prompts_are_shared(model):
-            self.data_collator = PackingCollator(max_tokens, share_prompts=True)
+        self.data_collator = PackingCollator(
+            max_tokens,
+            share_prompts=share_prompts and several and prompts_are_shared(model),
+            split=split_pairs and (several or self.couples_batch) and self._can_split(),
+            couple=self.couples_batch,
+        )
         # The loss below is already divided by the number of groups in the optimiser step.
         self.model_accepts_loss_kwargs = True
         self._sums: dict[str, dict[str, Any]] = {"": {}, "eval_": {}}
         self._staging = False
+
+    def _can_split(self) -> bool:
+        kind = self.accelerator.distributed_type
+        options: Any = self.args.gradient_checkpointing_kwargs or {}
+        reentrant = self.args.gradient_checkpointing and options.get("use_reentrant", False)
+        if kind in _SHARDED:
+            _warn_once(f"training is sharded ({kind.value}): pairs are not split")
+        elif self.accelerator.num_processes > 1 and reentrant:
+            # Each part's backward would announce every parameter to DDP as ready.
+            _warn_once("reentrant gradient checkpointing under DDP: pairs are not split")
+        else:
+            return True
+        return False
 
     # What a subclass says
 
@@ -177,10 +177,7 @@ class PackedTrainer(Trainer):
         """Run the passes of one batch; gradients are synchronised on the last one alone."""
         passes = inputs["passes"]
         syncs = self.accelerator.sync_gradients
-        in_step = self.accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-        )
+        in_step = self.accelerator.distributed_type in _SHARDED
         if in_step:
             # Sharded engines communicate in every pass: all processes must make as many.
             count = torch.tensor([len(passes)], device=self.args.device)

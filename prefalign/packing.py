@@ -1,4 +1,4 @@
-"""Batches without padding: sequences laid end to end, and how examples are gathered into them.
+"""Batches without padding: sequences laid end to end.
 
 A batch has two levels. *Segments* are what attention sees: a run of tokens that attends causally to
 itself and, where it has a parent, to the whole of its parent segment. *Responses* are what is
@@ -8,22 +8,20 @@ responses' segments, which follow it.
 
     repeated   [prompt response₁] [prompt response₂] ...
     shared     [prompt] ← [response₁] [response₂] ...        K - 1 prompts fewer for K responses
+
+A batch that is too long for one pass may have *parts*: batches of their own, each with some of its
+responses, which a model runs one after the other. The loss sees the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from heapq import heappop, heappush
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-
-# Passes are even enough when the heaviest is this factor of the mean; and when to give up.
-_EVEN = 1.002
-_STEPS_A_PASS = 8
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,8 @@ class PackedBatch:
         cu_keys: Segment s sees ``key_rows[cu_keys[s]:cu_keys[s + 1]]``, int32 ``[S + 1]``, or None.
         max_keys: Keys that the segment with most of them sees, or None.
         segments: The segments' lengths and parents on the host, or None.
+        parts: Batches which, laid end to end, are this one: each has the next of its responses, and
+            no extras. Empty where the batch is one pass.
     """
 
     input_ids: Tensor
@@ -107,6 +107,7 @@ class PackedBatch:
     cu_keys: Tensor | None = None
     max_keys: int | None = None
     segments: Segments | None = None
+    parts: tuple[PackedBatch, ...] = ()
 
     @property
     def shares_prompts(self) -> bool:
@@ -120,24 +121,30 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the backbone sees."""
+        """How many tokens the backbone sees, in all parts."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory, as torch's data loader asks for it."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, fn) -> PackedBatch:
-        moved = {
+    def map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """Return the batch with ``fn`` of each of its tensors, parts and extras included."""
+        moved: dict[str, Any] = {
             f.name: fn(value)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved, extras={name: fn(x) for name, x in self.extras.items()})
+        return replace(
+            self,
+            **moved,
+            extras={name: fn(x) for name, x in self.extras.items()},
+            parts=tuple(part.map(fn) for part in self.parts),
+        )
 
 
 def pack(groups: Sequence[Group], *, share_prompts: bool = False) -> PackedBatch:
@@ -200,17 +207,24 @@ def pack(groups: Sequence[Group], *, share_prompts: bool = False) -> PackedBatch
         target_rows=torch.tensor(target_rows, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         cu_targets=_offsets(response_lengths),
-        cu_groups=_offsets([len(group.response_ids) for group in groups]),
-        example_ids=torch.tensor([group.example_id for group in groups], dtype=torch.int64),
         segments=Segments(tuple(end - start for start, end in pairwise(bounds)), tuple(parents)),
-        extras={
+        **group_fields(groups),
+    )
+    return batch if max(parents) < 0 else replace(batch, **_keys(bounds, parents))
+
+
+def group_fields(groups: Sequence[Group]) -> dict[str, Any]:
+    """Return the fields of a batch that say what its groups are."""
+    return {
+        "cu_groups": _offsets([len(group.response_ids) for group in groups]),
+        "example_ids": torch.tensor([group.example_id for group in groups], dtype=torch.int64),
+        "extras": {
             name: torch.tensor(
                 [x for group in groups for x in group.extras[name]], dtype=torch.float32
             )
             for name in groups[0].extras
         },
-    )
-    return batch if max(parents) < 0 else replace(batch, **_keys(bounds, parents))
+    }
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
@@ -230,101 +244,3 @@ def _keys(bounds: Sequence[int], parents: Sequence[int]) -> dict[str, Any]:
         "cu_keys": _offsets(lengths),
         "max_keys": max(lengths),
     }
-
-
-def split_by_tokens(num_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split examples into passes of at most ``max_tokens`` tokens, as few and as even as found.
-
-    Even passes keep the peak of memory down and, over several processes, none waits for another.
-    The number of passes is the fewest there can be, ``ceil(sum / max_tokens)``, wherever a balanced
-    division of that many is found, and at most that of first-fit decreasing, which is within 22 %
-    of the fewest. Deterministic. An example that is longer than the budget by itself makes a pass
-    of its own.
-
-    Args:
-        num_tokens: Each example's length in tokens, as it will be laid.
-        max_tokens: The budget of one pass, in tokens.
-
-    Returns:
-        The examples' indices, pass by pass, the largest pass first (one that does not fit in memory
-        shows at once), ascending within each.
-    """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens: expected 1 or more, got {max_tokens}")
-
-    def load(indices: Sequence[int]) -> int:
-        return sum(num_tokens[i] for i in indices)
-
-    def heaviest(passes: Sequence[Sequence[int]]) -> int:
-        return max(map(load, passes), default=0)
-
-    order = sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i))
-    alone = [[i] for i in order if num_tokens[i] > max_tokens]
-    order = order[len(alone) :]
-    passes = _first_fit(order, num_tokens, max_tokens)
-    fewest = -(-load(order) // max_tokens)
-    for count in range(fewest, len(passes) + 1):
-        # At first-fit's own count its passes are evened out too: they fit for certain.
-        starts = [_longest_first(order, num_tokens, count)]
-        starts += [passes] if count == len(passes) else []
-        even = min((_balance(start, num_tokens) for start in starts), key=heaviest)
-        if heaviest(even) <= max_tokens:
-            passes = even
-            break
-    passes = [sorted(p) for p in alone + passes]
-    return sorted(passes, key=lambda p: (-load(p), p))
-
-
-def _first_fit(order: Sequence[int], sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Put each example into the first pass that has room for it."""
-    passes: list[list[int]] = []
-    left: list[int] = []
-    for i in order:
-        fit = next((p for p, free in enumerate(left) if free >= sizes[i]), len(passes))
-        if fit == len(passes):
-            passes.append([])
-            left.append(room)
-        passes[fit].append(i)
-        left[fit] -= sizes[i]
-    return passes
-
-
-def _longest_first(order: Sequence[int], sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Put each example into the lightest of ``count`` passes."""
-    passes: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, p) for p in range(count)]
-    for i in order:
-        load, p = heappop(heap)
-        passes[p].append(i)
-        heappush(heap, (load + sizes[i], p))
-    return passes
-
-
-def _balance(passes: list[list[int]], sizes: Sequence[int]) -> list[list[int]]:
-    """Move an example out of the heaviest pass, or swap it for a shorter one, while that evens."""
-    passes = [list(p) for p in passes]
-    loads = [sum(sizes[i] for i in p) for p in passes]
-    for _ in range(_STEPS_A_PASS * len(passes)):
-        heavy = max(range(len(passes)), key=loads.__getitem__)
-        if loads[heavy] * len(passes) <= _EVEN * sum(loads):
-            break
-        # The change after which the heavier of the two passes is lightest.
-        best = (loads[heavy], -1, -1, -1)
-        for light, load in enumerate(loads):
-            for i in passes[heavy]:
-                for j in (-1, *passes[light]):  # -1 takes nothing in exchange
-                    moved = sizes[i] - (sizes[j] if j >= 0 else 0)
-                    heavier = max(loads[heavy] - moved, load + moved)
-                    best = min(best, (heavier, light, i, j))
-        heavier, light, i, j = best
-        if heavier >= loads[heavy]:
-            break
-        moved = sizes[i] - (sizes[j] if j >= 0 else 0)
-        passes[heavy].remove(i)
-        passes[light].append(i)
-        if j >= 0:
-            passes[light].remove(j)
-            passes[heavy].append(j)
-        loads[heavy] -= moved
-        loads[light] += moved
-    return passes

@@ -190,6 +190,7 @@ class Pipeline:
             processing_class=self.tokenizer,  # saved beside the weights
             max_tokens=settings.training.max_tokens,
             share_prompts=settings.training.share_prompts,
+            split_pairs=settings.training.split_pairs,
             callbacks=[
                 MetricsCallback(lambda step, logs: self._log(stage, step, logs)),
                 NoLastCheckpoint(),

@@ -67,8 +67,8 @@ class PreferenceTrainer(PackedTrainer):
         self, model: torch.nn.Module, batch: PackedBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return each pair's loss, ``[B]`` with a graph, and its metrics, ``[B]`` each."""
+        reference = self.reference_logps(batch)  # before the policy's activations are there
         policy = self.policy_logps(model, batch)
-        reference = self.reference_logps(batch)
         out = preference_loss(
             policy[CHOSEN],
             policy[REJECTED],

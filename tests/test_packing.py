@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from prefalign.attention import packed_inputs
-from prefalign.packed_trainer import PackingCollator
-from prefalign.packing import Group, pack, split_by_tokens
+from prefalign.packing import Group, pack
+from prefalign.passes import PackingCollator, split_by_tokens
 
 GROUPS = [
     Group([1, 2, 3], [[4, 5], [6]], example_id=7, extras={"reference_logps": [-1.5, -2.5]}),

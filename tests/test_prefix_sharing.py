@@ -27,7 +27,8 @@ from prefalign.attention import (
 from prefalign.errors import ModelError
 from prefalign.models import can_share_prompts, response_token_logps, score, target_hidden
 from prefalign.packed_trainer import Groups, training_arguments
-from prefalign.packing import Group, pack, split_by_tokens
+from prefalign.packing import Group, pack
+from prefalign.passes import split_by_tokens
 from prefalign.trainer import CHOSEN, REJECTED, PreferenceTrainer
 
 
@@ -355,8 +356,13 @@ def test_an_alibi_model_falls_back_to_padded_rows_and_says_so(name, caplog, tmp_
 def test_scores_are_the_same_and_shared_by_default(monkeypatch):
     model = packed_model("gemma2")
     laid = []
-    real = models.pack
-    monkeypatch.setattr(models, "pack", lambda *a, **k: laid.append(real(*a, **k)) or real(*a, **k))
+    real = models.pack_parts
+
+    def watched(*args, **kwargs):
+        laid.append(real(*args, **kwargs))
+        return laid[-1]
+
+    monkeypatch.setattr(models, "pack_parts", watched)
     plain = list(score(model, some_groups(), max_tokens=60, share_prompts=False))
     assert not any(batch.shares_prompts for batch in laid)
     laid.clear()

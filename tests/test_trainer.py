@@ -104,10 +104,11 @@ def test_a_run_equals_plain_torch(tmp_path):
 @pytest.mark.parametrize("changes", [{"max_tokens": 4096}, {"max_tokens": 1}])
 def test_the_token_budget_does_not_change_the_result(tmp_path, changes):
     groups = random_groups(8)
-    base, base_logs = train(tmp_path / "base", groups)
-    other, logs = train(
-        tmp_path / "other", groups, settings=TrainingSettings(**{**vars(SETTINGS), **changes})
-    )
+    # Adam makes what it will of the rounding of a gradient near 0: in float32, up to a whole step.
+    wide = {"dtype": torch.float64}
+    base, base_logs = train(tmp_path / "base", groups, **wide)
+    settings = TrainingSettings(**{**vars(SETTINGS), **changes})
+    other, logs = train(tmp_path / "other", groups, settings=settings, **wide)
     assert [x["loss"] for x in logs] == pytest.approx([x["loss"] for x in base_logs], abs=1e-6)
     assert torch.allclose(weights(base), weights(other), atol=1e-5)
 
@@ -275,7 +276,7 @@ def test_the_last_look_at_a_pair_is_kept():
 # Two processes
 
 
-@pytest.mark.parametrize("kind", ["dpo", "noise"])
+@pytest.mark.parametrize("kind", ["dpo", "noise", "split"])
 def test_two_processes_equal_one(tmp_path, kind):
     script = Path(training.__file__)
     results = []

@@ -106,7 +106,10 @@ def noise_kwargs(**changes):
 def main(folder, kind):
     """Train as one of the processes of a launcher; the first writes ``result.pt``."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = replace(SETTINGS, arguments={"ddp_backend": "gloo"} if world > 1 else {})
+    budget = 14 if kind == "split" else SETTINGS.max_tokens  # some pairs are longer, some are not
+    settings = replace(
+        SETTINGS, max_tokens=budget, arguments={"ddp_backend": "gloo"} if world > 1 else {}
+    )
     logs = []
     model, reference = model_and_reference()
     kwargs = noise_kwargs() if kind == "noise" else {"trainer_class": PreferenceTrainer}
