@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,6 +46,7 @@ __all__ = [
     "Reference",
     "can_share_prompts",
     "check_finite",
+    "device_of",
     "head_arguments",
     "load_model",
     "load_tokenizer",
@@ -56,7 +57,9 @@ __all__ = [
     "response_token_logps",
     "score",
     "snapshot_reference",
+    "sum_tokens",
     "target_hidden",
+    "token_scores",
     "verify_head",
 ]
 
@@ -200,8 +203,7 @@ def score(
 ) -> Iterator[list[float]]:
     """Yield each group's response log-probs, summed over tokens, in the order of the groups.
 
-    Streams: ``lookahead`` groups are read, packed into passes of at most ``max_tokens`` tokens, and
-    scored without gradients in eval mode; nothing of that outlasts the passes.
+    Streams, as ``token_scores`` does, from which the sums are (``sum_tokens``).
 
     Args:
         model: As for ``target_hidden``.
@@ -215,11 +217,51 @@ def score(
     Yields:
         One list of K floats for each group: float32 sums.
     """
+    tokens = token_scores(
+        model,
+        groups,
+        max_tokens=max_tokens,
+        share_prompts=share_prompts,
+        lookahead=lookahead,
+        progress=progress,
+    )
+    while window := list(islice(tokens, lookahead)):
+        yield from sum_tokens(window, device_of(model))
+
+
+def token_scores(
+    model: nn.Module,
+    groups: Iterable[Group],
+    *,
+    max_tokens: int,
+    share_prompts: bool = True,
+    temperature: float = 1.0,
+    lookahead: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[list[Tensor]]:
+    """Yield each group's response log-probs, token by token, in the order of the groups.
+
+    Streams: ``lookahead`` groups are read, packed into passes of at most ``max_tokens`` tokens, and
+    scored without gradients in eval mode; nothing of that outlasts the passes.
+
+    Args:
+        model: As for ``target_hidden``.
+        groups: As for ``score``.
+        max_tokens: As for ``score``.
+        share_prompts: As for ``score``.
+        temperature: Divides the logits.
+        lookahead: As for ``score``.
+        progress: As for ``score``.
+
+    Yields:
+        K tensors for each group, on the CPU, each with a log-prob for every token of its response:
+        float32 (float64 of a float64 model).
+    """
     groups = iter(groups)
     while window := list(islice(groups, lookahead)):
         shared = share_prompts and any(len(group.response_ids) > 1 for group in window)
         shared = shared and prompts_are_shared(model)
-        yield from _score_window(model, window, max_tokens, shared, progress)
+        yield from _score_window(model, window, max_tokens, shared, temperature, progress)
 
 
 @torch.no_grad()
@@ -228,23 +270,47 @@ def _score_window(
     groups: list[Group],
     max_tokens: int,
     shared: bool,
+    temperature: float,
     progress: Callable[[int], None] | None,
-) -> list[list[float]]:
-    device = causal_lm(model).get_input_embeddings().weight.device
+) -> list[list[Tensor]]:
     lengths = [group.tokens_laid(share_prompts=shared) for group in groups]
     passes = split_by_tokens(lengths, max_tokens)
-    scores: list[list[float]] = [[] for _ in groups]
+    scores: list[list[Tensor]] = [[] for _ in groups]
     with modules_in_eval(model):
         for indices in passes:
-            together = [groups[i] for i in indices]
-            batch = pack_parts(together, max_tokens, share_prompts=shared).to(device)
-            logps = response_token_logps(model, batch)
-            sums = iter(sequence_logps(logps, cu_seqlens=batch.cu_targets).sums.tolist())
+            chosen = [groups[i] for i in indices]
+            batch = pack_parts(chosen, max_tokens, share_prompts=shared).to(device_of(model))
+            logps = response_token_logps(model, batch, temperature=temperature)
+            sizes = [len(ids) for group in chosen for ids in group.response_ids]
+            responses = iter(logps.cpu().split(sizes))
             for i in indices:
-                scores[i] = list(islice(sums, len(groups[i].response_ids)))
+                scores[i] = list(islice(responses, len(groups[i].response_ids)))
             if progress is not None:
                 progress(len(indices))
     return scores
+
+
+def sum_tokens(tokens: Sequence[Sequence[Tensor]], device: torch.device | str) -> list[list[float]]:
+    """Return the sums of what ``token_scores`` yields: the one way from tokens to responses.
+
+    The sums are ``sequence_logps``' on ``device``, as training's are, so that the same tokens give
+    the same bits, whatever they are summed beside and wherever they were kept in between.
+
+    Args:
+        tokens: G groups of K responses of log-probs, on any device.
+        device: Where the model is that they are to be compared with.
+    """
+    flat = [logps for group in tokens for logps in group]
+    if not flat:
+        return [[] for _ in tokens]
+    ends = torch.tensor([0, *accumulate(map(len, flat))], dtype=torch.int32, device=device)
+    sums = iter(sequence_logps(torch.cat(flat).to(device), cu_seqlens=ends).sums.tolist())
+    return [list(islice(sums, len(group))) for group in tokens]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that ``model``'s input goes to."""
+    return causal_lm(model).get_input_embeddings().weight.device
 
 
 @torch.no_grad()
