@@ -210,11 +210,13 @@ def test_several_responses_in_a_part(lengths, max_tokens, parts, float64_through
 
 @pytest.mark.parametrize("through_wrapper", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False, None])
-def test_dropout_is_the_same_in_both_forward_passes(reentrant, through_wrapper, monkeypatch):
+def test_dropout_is_the_same_in_both_forward_passes(
+    reentrant, through_wrapper, device, monkeypatch
+):
     """Also with the layers' own checkpoints inside; in either mode."""
     dropout = {"attention_dropout": 0.2, "hidden_dropout": 0.3}
-    model = packed_model("gpt_neox", **dropout)
-    batch = pack_parts(pairs()[2:], 15)
+    model = packed_model("gpt_neox", **dropout).to(device)
+    batch = pack_parts(pairs()[2:], 15).to(device)
     if reentrant is not None:
         options = {"use_reentrant": reentrant}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -224,7 +226,8 @@ def test_dropout_is_the_same_in_both_forward_passes(reentrant, through_wrapper, 
         torch.manual_seed(0)
         hidden = target_hidden(model, batch, through_wrapper=through_wrapper)
         state = torch.get_rng_state()
-        grads = gradients((hidden * torch.linspace(-1, 2, hidden.shape[0])[:, None]).sum(), model)
+        factors = torch.linspace(-1, 2, hidden.shape[0], device=device)[:, None]
+        grads = gradients((hidden * factors).sum(), model)
         assert torch.equal(torch.get_rng_state(), state)
         return hidden, grads
 
@@ -233,7 +236,7 @@ def test_dropout_is_the_same_in_both_forward_passes(reentrant, through_wrapper, 
     monkeypatch.setattr(models, "checkpoint", lambda work, *args, **_: work(*args))
     kept, expected = run()
     assert torch.equal(hidden, kept)
-    assert_same(grads, expected, atol=1e-12)
+    assert_same(grads, expected, atol=1e-10)
     model.eval()
     assert not torch.allclose(run()[0], kept, atol=1e-3)  # there was dropout
 
@@ -260,6 +263,27 @@ def test_autocast_is_the_same_in_both_forward_passes():
         results.append(gradients(loss, model))  # outside of autocast, as in a training step
     for mine, right in zip(*results, strict=True):
         assert (mine - right).norm() <= 0.02 * right.norm()
+
+
+def test_all_but_the_largest_part_go_forward_twice(monkeypatch):
+    model = packed_model()
+    group = Group(ids(4, 1), [ids(n, 2 + n) for n in (5, 20, 7)])
+    batch = pack_parts([group], 15, share_prompts=True)
+    passes = []
+    real = models._target_hidden
+
+    def watched(model, batch, *rest):
+        passes.append(batch.num_tokens)
+        return real(model, batch, *rest)
+
+    monkeypatch.setattr(models, "_target_hidden", watched)
+    loss = response_token_logps(model, batch).sum()
+    assert passes == [9, 11, 24]
+    loss.backward()
+    assert passes[3:] == [11, 9]
+    with torch.no_grad():
+        response_token_logps(model, batch)
+    assert passes[5:] == [9, 11, 24]
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon_alibi"])
