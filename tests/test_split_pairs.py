@@ -572,6 +572,21 @@ def test_sharded_engines_do_not_split_and_say_so_once(tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("processes", "reentrant", "splits"), [(1, True, True), (2, True, False), (2, False, True)]
+)
+def test_reentrant_checkpoints_under_ddp_are_not_split(
+    tmp_path, processes, reentrant, splits, monkeypatch
+):
+    model, reference = model_and_reference()
+    arguments = training_arguments(SETTINGS, tmp_path, num_groups=2, epochs=1)
+    each = PreferenceTrainer(model, arguments, Groups(random_groups(2)), reference=reference)
+    arguments.gradient_checkpointing = True
+    arguments.gradient_checkpointing_kwargs = {"use_reentrant": reentrant}
+    monkeypatch.setattr(type(each.accelerator), "num_processes", processes)
+    assert each._can_split() == splits
+
+
 # Scores
 
 
