@@ -6,12 +6,19 @@ were made). The losses must agree at every step.
 
     python bench/training_step.py --steps 50 --out step.json
     python bench/training_step.py --steps 5 --providers prefalign trl
+    python bench/training_step.py --steps 50 --features --out features.json
+
+``--features`` starts from the eager loop and adds one part of this library after the other
+(``FEATURES``). From the cached reference on, its log-probs are computed beforehand, in a process of
+their own, and the reference model is not held.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
@@ -19,15 +26,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lengths import VOCAB, draw_pairs
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-PROVIDERS = ("prefalign", "eager", "trl")
 PAIRS, BETA, LEARNING_RATE, CLIP = 8, 0.1, 1e-4, 1.0
 AGREE = 1e-4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of this library a run uses; by default what it does by default."""
+
+    padded: bool = False  # a row for each response, as models with ALiBi are run
+    passes: str = "max_tokens"  # the option that says how long one is, or "" for one pass
+    share_prompts: bool = True
+    split_pairs: bool = True
+    cached_reference: bool = False
+
+
+PROVIDERS: dict[str, Setup | None] = {"prefalign": Setup(), "eager": None, "trl": None}
+FEATURES: dict[str, Setup | None] = {
+    "eager": None,
+    "+ fused head": Setup(padded=True, passes="", share_prompts=False, split_pairs=False),
+    "+ packing": Setup(passes="", share_prompts=False, split_pairs=False),
+    "+ passes": Setup(share_prompts=False, split_pairs=False),
+    "+ shared prompts": Setup(split_pairs=False),
+    "+ cached reference": Setup(split_pairs=False, cached_reference=True),
+    "+ small passes": Setup(passes="small_tokens", split_pairs=False, cached_reference=True),
+    "+ split pairs": Setup(passes="small_tokens", cached_reference=True),
+}
+"""Each adds one thing to the one before it."""
 
 
 def build_model() -> LlamaForCausalLM:
@@ -59,6 +91,7 @@ class Watch(TrainerCallback):
     """Times of the optimiser steps, and the losses that a trainer says."""
 
     def __init__(self) -> None:
+        self.base = 0.0  # resident memory once the models are there
         self.times: list[float] = []
         self.losses: list[float] = []
 
@@ -166,12 +199,39 @@ def run_trl(rows: list[dict], steps: int, args: argparse.Namespace) -> Watch:
     return watch
 
 
-def run_prefalign(rows: list[dict], steps: int, args: argparse.Namespace) -> Watch:
-    """Run PreferenceTrainer; the reference is run in the step, as the others do."""
+def build_packed(padded: bool = False) -> LlamaForCausalLM:
+    """Return the model, prepared for this library's batches."""
     from prefalign.attention import use_packed_attention
+
+    model = build_model()
+    if padded:
+        model._prefalign_padded = True
+    else:
+        use_packed_attention(model)
+    return model
+
+
+def as_groups(rows: list[dict]) -> list:
+    """Return the rows as this library's groups."""
+    from prefalign.packing import Group
+
+    return [
+        Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"]), i)
+        for i, row in enumerate(rows)
+    ]
+
+
+def reference_logps(rows: list[dict], max_tokens: int) -> list[list[float]]:
+    """Return the log-probs of all responses under the reference."""
+    from prefalign.models import score
+
+    return list(score(build_packed(), as_groups(rows), max_tokens=max_tokens))
+
+
+def run_prefalign(rows: list[dict], steps: int, args: argparse.Namespace, setup: Setup) -> Watch:
+    """Run PreferenceTrainer; the reference is run in the step, as the others do, or beforehand."""
     from prefalign.config import TrainingSettings
     from prefalign.packed_trainer import Groups, training_arguments
-    from prefalign.packing import Group
     from prefalign.references import reference_of
     from prefalign.trainer import PreferenceTrainer
 
@@ -186,31 +246,37 @@ def run_prefalign(rows: list[dict], steps: int, args: argparse.Namespace) -> Wat
             watch.losses.append(loss.item())
             return loss
 
-    model, reference = build_model(), build_model()
-    for each in (model, reference):
-        use_packed_attention(each)
+    groups = as_groups(rows)
+    max_tokens = getattr(args, setup.passes) if setup.passes else 10**9
+    model, reference = build_packed(setup.padded), None
+    if setup.cached_reference:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+            cached = process.submit(reference_logps, rows, args.max_tokens).result()
+        for group, logps in zip(groups, cached, strict=True):
+            group.extras["reference_logps"] = logps
+    else:
+        reference = reference_of(model, frozen=build_packed(setup.padded))
     settings = TrainingSettings(
         learning_rate=LEARNING_RATE,
         lr_scheduler="constant",
         warmup_ratio=0.0,
         batch_size=PAIRS,
-        max_tokens=args.max_tokens,
+        max_tokens=max_tokens,
         max_grad_norm=CLIP,
         logging_steps=steps,
         save_steps=10**6,
         arguments={"save_strategy": "no", "disable_tqdm": True, **args.arguments},
     )
-    groups = [
-        Group(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"]), i)
-        for i, row in enumerate(rows)
-    ]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Ordered(
             model,
             training_arguments(settings, folder, num_groups=len(groups), epochs=1, max_steps=steps),
             Groups(groups),
-            max_tokens=args.max_tokens,
-            reference=reference_of(model, frozen=reference),
+            max_tokens=max_tokens,
+            share_prompts=setup.share_prompts,
+            split_pairs=setup.split_pairs,
+            reference=reference,
             beta=BETA,
             callbacks=[watch],
         )
@@ -222,8 +288,11 @@ def run_prefalign(rows: list[dict], steps: int, args: argparse.Namespace) -> Wat
 def measure(provider: str, args: argparse.Namespace) -> dict:
     """Run one provider in this process and return its figures."""
     rows = draw_pairs(args.steps * PAIRS)
-    run = {"prefalign": run_prefalign, "eager": run_eager, "trl": run_trl}[provider]
-    watch = run(rows, args.steps, args)
+    setup = (PROVIDERS | FEATURES)[provider]
+    if setup is None:
+        watch = {"eager": run_eager, "trl": run_trl}[provider](rows, args.steps, args)
+    else:
+        watch = run_prefalign(rows, args.steps, args, setup)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "provider": provider,
@@ -234,19 +303,31 @@ def measure(provider: str, args: argparse.Namespace) -> dict:
     }
 
 
+def step_time(found: dict) -> float:
+    """Return the median time of a step, without the first."""
+    return statistics.median(found["times"][1:] or found["times"])
+
+
+def difference(found: dict, first: dict) -> float:
+    """Return the largest difference between two runs' losses."""
+    return max(abs(a - b) for a, b in zip(first["losses"], found["losses"], strict=True))
+
+
 def table(results: dict[str, dict]) -> str:
     """Return the comparison, and whether the losses agree."""
     rows = [
-        "| provider | s a step | pairs/s | peak MiB above the models | largest loss difference |"
+        "| provider | s a step | pairs/s | of eager's time | peak MiB above the models "
+        f"| largest loss difference | within {AGREE:.0e} |",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
-    rows.append("|---|---:|---:|---:|---:|")
-    first = next(iter(results.values()))["losses"]
+    first = next(iter(results.values()))
+    eager = results.get("eager")
     for name, found in results.items():
-        step = statistics.median(found["times"][1:] or found["times"])
-        steps = min(len(first), len(found["losses"]))
-        worst = max(abs(a - b) for a, b in zip(first[:steps], found["losses"][:steps], strict=True))
+        step, worst = step_time(found), difference(found, first)
+        share = f"{step / step_time(eager):.3f}" if eager else ""
         rows.append(
-            f"| {name} | {step:.2f} | {PAIRS / step:.2f} | {found['peak_mib']:.0f} | {worst:.1e} |"
+            f"| {name} | {step:.2f} | {PAIRS / step:.2f} | {share} | {found['peak_mib']:.0f} "
+            f"| {worst:.1e} | {'yes' if worst <= AGREE else 'NO'} |"
         )
     return "\n".join(rows)
 
@@ -254,18 +335,21 @@ def table(results: dict[str, dict]) -> str:
 def main() -> None:
     """Run the providers, one process each, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    known = list(PROVIDERS | FEATURES)
+    parser.add_argument("--providers", nargs="+", choices=known, default=list(PROVIDERS))
+    parser.add_argument("--features", action="store_true", help="what each feature contributes")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--max_tokens", type=int, default=4096, help="of one pass of prefalign's")
+    parser.add_argument("--small_tokens", type=int, default=1024, help="of a small pass")
     parser.add_argument("--arguments", type=json.loads, default={}, help="transformers' (JSON)")
     parser.add_argument("--out", type=Path, help="JSON of every step")
-    parser.add_argument("--only", choices=PROVIDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=known, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
-    results = {}
-    for provider in args.providers:
+    results: dict[str, dict] = {}
+    for provider in FEATURES if args.features else args.providers:
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--only", provider],
             capture_output=True,
@@ -278,11 +362,8 @@ def main() -> None:
     if args.out:
         facts = {"python": platform.python_version(), "torch": torch.__version__}
         args.out.write_text(json.dumps({"versions": facts, "results": results}, indent=1) + "\n")
-    worst = max(
-        abs(a - b)
-        for found in results.values()
-        for a, b in zip(results[args.providers[0]]["losses"], found["losses"], strict=True)
-    )
+    first = next(iter(results.values()))
+    worst = max(difference(found, first) for found in results.values())
     if worst > AGREE:
         sys.exit(f"the losses differ by up to {worst:.1e}, expected at most {AGREE:.0e}")
 
