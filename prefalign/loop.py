@@ -24,6 +24,7 @@ from .data import load_preferences, load_prompts, load_sft
 from .errors import CollapseError
 from .evaluation import Evaluated, evaluate
 from .gauge import GaugeReading
+from .logp_cache import with_reference_logps
 from .packing import Group
 from .pipeline import Pipeline
 from .report import write_report
@@ -186,11 +187,7 @@ class Run(Generic[Settings]):
 
     def with_reference(self, name: str, stage: str, groups: Sequence[Group]) -> list[Group]:
         """Return groups with the log-probs that ``stage``'s policy gives their responses."""
-        logps = self.parts.score(name, stage, groups)
-        return [
-            Group(g.prompt_ids, g.response_ids, g.example_id, {**g.extras, "reference_logps": x})
-            for g, x in zip(groups, logps, strict=True)
-        ]
+        return with_reference_logps(groups, self.parts.score(name, stage, groups))
 
     # The gauge
 

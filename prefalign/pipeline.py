@@ -28,7 +28,8 @@ from .attention import causal_lm
 from .config import GenerationSettings, RunSettings, TrainingSettings
 from .encoding import Text
 from .generation import Generator, TransformersGenerator, VLLMGenerator
-from .models import check_finite, load_model, load_tokenizer, score, verify_head
+from .logp_cache import CachedModel, LogpCache, logps_of, weights_hash
+from .models import check_finite, load_model, load_tokenizer, verify_head
 from .packed_trainer import (
     Groups,
     MetricsCallback,
@@ -39,7 +40,7 @@ from .packed_trainer import (
     training_arguments,
 )
 from .packing import Group
-from .references import REFERENCE_ADAPTER, is_peft, reference_of
+from .references import REFERENCE_ADAPTER, Reference, is_peft, reference_of
 from .rewards import Rewards
 from .run_folder import (
     RunFolder,
@@ -83,11 +84,16 @@ class Pipeline:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             settings.model.tokenizer or settings.model.path
         )
+        self.cache: LogpCache | None = None
+        self.weights: dict[str, str] = {}  # a stage's hash, made once
+        self.scoring_tokens = settings.training.max_tokens  # of a pass without gradients
         self.policy: torch.nn.Module | None = None
         self.holds: str | None = None
 
     def begin(self) -> None:
-        """Open the run folder for writing."""
+        """Open the run folder and the cache for writing."""
+        if self.settings.reference_cache is not None:
+            self.cache = LogpCache(self.settings.reference_cache)
         self.run.begin()
         self.process.wait_for_everyone()
 
@@ -274,6 +280,19 @@ class Pipeline:
     ) -> list[dict[str, Any]]:
         """Run ``work`` over chunks of ``rows``, each once, and return all that it returned.
 
+        The arguments are those of ``chunk_files``.
+        """
+        return [row for file in self.chunk_files(name, rows, work, size) for row in read_rows(file)]
+
+    def chunk_files(
+        self,
+        name: str,
+        rows: Sequence[Any],
+        work: Callable[[Sequence[Any], int], list[dict[str, Any]]],
+        size: int,
+    ) -> list[Path]:
+        """Run ``work`` over chunks of ``rows``, each once, and return the files that it filled.
+
         Args:
             name: Folder of the chunks' files, under the run's.
             rows: The rows.
@@ -295,7 +314,7 @@ class Pipeline:
                     write_rows(file, work(part, stage_seed(self.settings.seed, name, chunk)))
                 bar.update(len(part))
         self.process.wait_for_everyone()
-        return [row for file in files for row in read_rows(file)]
+        return files
 
     def generate(
         self,
@@ -348,13 +367,12 @@ class Pipeline:
         size = self.settings.generation.chunk_size
 
         def work(chunk: Sequence[Group], seed: int) -> list[dict[str, Any]]:
-            training = self.settings.training
-            with self.scorer(stage) as model, self.autocast():
-                logps = score(
-                    model,
+            with self.autocast():
+                logps = logps_of(
+                    self.fixed(stage),
                     chunk,
-                    max_tokens=training.max_tokens,
-                    share_prompts=training.share_prompts,
+                    max_tokens=self.scoring_tokens,
+                    share_prompts=self.settings.training.share_prompts,
                 )
                 return [{"logps": x} for x in logps]
 
@@ -369,14 +387,39 @@ class Pipeline:
             return contextlib.nullcontext()
         return torch.autocast(self.process.device.type, dtype)
 
+    def fixed(self, stage: str) -> Reference | CachedModel:
+        """Return the model of a stage, to score with: π_init is the policy without its adapter."""
+        policy = self.policy
+        if stage != INIT or policy is None or not is_peft(policy):
+            policy = self.load(stage)
+        return self.cached(stage, Reference(policy, adapter_off=stage == INIT and is_peft(policy)))
+
     @contextlib.contextmanager
-    def scorer(self, stage: str) -> Iterator[torch.nn.Module]:
-        """Give the model of a stage: π_init is the policy itself, where its adapter can be off."""
-        if stage == INIT and self.policy is not None and is_peft(self.policy):
-            with reference_of(self.policy).use() as model:
-                yield model
+    def beside(self, stage: str) -> Iterator[Reference | CachedModel]:
+        """Give the model of a stage while the policy stays loaded.
+
+        Of an adapter's base model there is one copy: the adapter is off, or a second one is on it.
+        """
+        policy: Any = self.policy
+        assert policy is not None
+        if not is_peft(policy):
+            yield self.cached(stage, reference_of(policy, frozen=self.read_model(stage)))
+        elif stage == INIT:
+            yield self.fixed(INIT)
         else:
-            yield self.load(stage)
+            policy.load_adapter(str(self.folder(stage) / "model"), REFERENCE_ADAPTER)
+            try:
+                yield self.cached(stage, reference_of(policy, adapter=REFERENCE_ADAPTER))
+            finally:
+                policy.delete_adapter(REFERENCE_ADAPTER)
+
+    def cached(self, stage: str, reference: Reference) -> Reference | CachedModel:
+        """Return the model of a stage with its part of the cache, where the run has one."""
+        if self.cache is None:
+            return reference
+        if stage not in self.weights:
+            self.weights[stage] = weights_hash(reference)
+        return CachedModel(self.cache, reference, self.weights[stage])
 
     def reward(
         self,

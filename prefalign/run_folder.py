@@ -23,7 +23,7 @@ from .errors import RunError
 # Settings that say where and how a run goes on, not what it computes.
 _NOT_IDENTITY = ("output_dir", "resume", "overwrite")
 # Settings that may change when a run is taken up again: they do not enter into its results.
-_CHANGEABLE = ("gauge.on_collapse ",)
+_CHANGEABLE = ("gauge.on_collapse ", "reference_cache ")
 _TEMPORARY = ".partial"
 
 

@@ -6,8 +6,9 @@ parts that it is put together from are in ``pipeline``.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from datasets import Dataset
 from .data import hold_out, split_prompts, warn_shared_prompts
 from .evaluation import Evaluated
 from .gauge import read_gauge
-from .kernels.pairwise_preference_logits import pairwise_preference_logits
+from .judging import judge
 from .loop import Arm, Run
 from .noise_aware import NoiseAwareTrainer
 from .packed_trainer import PackedTrainer
@@ -34,7 +35,38 @@ ITSELF = Arm(SEED)
 
 
 class SPAPipeline(Pipeline):
-    """The parts, with the noise flags that training leaves."""
+    """The parts, with the judge and the noise flags that training leaves."""
+
+    def judge(
+        self, name: str, stage: str, against: str | None, groups: Sequence[Group], *, beta: float
+    ) -> Iterator[dict[str, Any]]:
+        """Judge each group's responses by ``stage``'s policy, against another's or nothing.
+
+        Yields:
+            A row for each group, read back file by file: ``Judgement``'s fields.
+        """
+        with contextlib.ExitStack() as loaded:
+            models: list[Any] = []  # loaded when there is something left to judge
+
+            def work(chunk: Sequence[Group], seed: int) -> list[dict[str, Any]]:
+                if not models:
+                    models.append(self.fixed(stage))
+                    beside = self.beside(against) if against else contextlib.nullcontext()
+                    models.append(loaded.enter_context(beside))
+                with self.autocast():
+                    judgements = judge(
+                        models[0],
+                        models[1],
+                        chunk,
+                        beta=beta,
+                        max_tokens=self.scoring_tokens,
+                        share_prompts=self.settings.training.share_prompts,
+                    )
+                    return [{**j._asdict(), "table": j.table.tolist()} for j in judgements]
+
+            size = self.settings.generation.chunk_size
+            files = self.chunk_files(name, groups, work, size)
+        return (row for file in files for row in read_rows(file))
 
     def _after_training(self, stage: str, trainer: PackedTrainer) -> dict[str, Any]:
         if not isinstance(trainer, NoiseAwareTrainer):
@@ -66,6 +98,7 @@ class SPA(Run[SPASettings]):
 
     algorithm = "spa"
     pipeline = SPAPipeline
+    parts: SPAPipeline
 
     # 0. The data
 
@@ -165,25 +198,19 @@ class SPA(Run[SPASettings]):
         """
         groups = [Group(row["prompt_ids"], row["ids"], i) for i, row in enumerate(responses)]
         held_out = groups_from_pairs(self.held_out)
-        policy, reference = self.judge_logps(stage, previous, [*groups, *held_out])
-        beta = self.settings.beta
-        margins = [
-            beta * ((p[0] - r[0]) - (p[1] - r[1]))
-            for p, r in zip(policy[len(groups) :], reference[len(groups) :], strict=True)
-        ]
-        policy, reference = policy[: len(groups)], reference[: len(groups)]
-        sizes = [len(row["ids"]) for row in responses]
-        flat = [torch.tensor([x for row in rows for x in row]) for rows in (policy, reference)]
-        logits = pairwise_preference_logits(*flat, group_sizes=sizes, beta=beta)
+        judged = self.parts.judge(
+            f"{stage}/judged",
+            previous,
+            self.judge_reference(previous),
+            [*groups, *held_out],
+            beta=self.settings.beta,
+        )
         pairs: list[dict[str, Any]] = []
-        for index, row in enumerate(responses):
-            row["policy_logps"], row["reference_logps"] = policy[index], reference[index]
-            row["rewards"] = [
-                beta * (p - r) for p, r in zip(policy[index], reference[index], strict=True)
-            ]
+        for row, found in zip(responses, judged):  # noqa: B905 - the held-out pairs come after
+            table = torch.tensor(found.pop("table"))
+            row |= found
             row["tokens"] = [len(ids) for ids in row["ids"]]
             row["responses"] = [self.parts.decode(ids) for ids in row["ids"]]
-            table = logits[index, : sizes[index], : sizes[index]]
             for winner, loser in self.pairing(table, row["ids"]):
                 pairs.append(
                     {
@@ -197,9 +224,14 @@ class SPA(Run[SPASettings]):
                         "prompt_ids": row["prompt_ids"],
                         "chosen_ids": row["ids"][winner],
                         "rejected_ids": row["ids"][loser],
-                        "reference_logps": [policy[index][winner], policy[index][loser]],
+                        "reference_logps": [row["policy_logps"][k] for k in (winner, loser)],
                     }
                 )
+        margins = []
+        for found in judged:
+            ratios = zip(found["policy_logps"], found["reference_logps"], strict=True)
+            chosen, rejected = (p - r for p, r in ratios)
+            margins.append(self.settings.beta * (chosen - rejected))
         if dropped := len(responses) - len({id(p["prompt_ids"]) for p in pairs}):
             self.say(
                 f"{stage}: {dropped} of {len(responses)} prompts gave equal responses or scores, "
@@ -214,20 +246,15 @@ class SPA(Run[SPASettings]):
         self.parts.process.wait_for_everyone()
         return pairs, margins
 
-    def judge_logps(
-        self, stage: str, previous: str, groups: Sequence[Group]
-    ) -> tuple[list[list[float]], list[list[float]]]:
-        """Return the judge's two log-probs of each response: the policy's and its reference's."""
-        policy = self.parts.score(f"{stage}/policy_logps", previous, groups)
+    def judge_reference(self, previous: str) -> str | None:
+        """Return the stage whose policy the judge is compared with."""
         match self.settings.judge.reference:
             case "none":
-                return policy, [[0.0] * len(logps) for logps in policy]
-            case "previous":
-                i = 0 if previous == SEED else int(previous.rsplit("-", 1)[1])
-                against = INIT if i == 0 else ITSELF.stage(i - 1)
+                return None
+            case "previous" if previous != SEED:
+                return ITSELF.stage(int(previous.rsplit("-", 1)[1]) - 1)
             case _:
-                against = INIT
-        return policy, self.parts.score(f"{stage}/reference_logps", against, groups)
+                return INIT
 
     def pairing(self, logits: torch.Tensor, ids: list[list[int]]) -> list[tuple[int, int]]:
         """Return (winner, loser) of each pair made of one prompt's responses.
