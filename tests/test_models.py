@@ -349,7 +349,9 @@ def test_verify_head_refuses_attention_that_crosses_sequences(monkeypatch):
 
     def one_segment(batch):
         bounds = batch.cu_seqlens[[0, -1]]
-        return {**real(batch), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        return {
+            **real(batch), "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "segments": None,
+        }  # fmt: skip
 
     monkeypatch.setattr(models, "packed_inputs", one_segment)
     with pytest.raises(ModelError, match="attention is not understood"):

@@ -513,6 +513,24 @@ def test_training_with_a_coupled_loss_does_not_depend_on_the_budget(tmp_path):
     assert torch.allclose(weights(parts), weights(whole), atol=1e-6)
 
 
+def test_accumulation_and_weights_are_those_of_whole_pairs(tmp_path):
+    groups = [replace(g, extras={"weights": [0.5 + i]}) for i, g in enumerate(random_groups(8))]
+    accumulated = {"batch_size": 2, "arguments": {"gradient_accumulation_steps": 2}}
+    runs = [
+        train(
+            tmp_path / str(budget),
+            groups,
+            settings=replace(SETTINGS, max_tokens=budget, **changes),
+            dtype=torch.float64,
+            weighted_mean=True,
+        )
+        for budget, changes in ((10, accumulated), (4096, {}))
+    ]
+    (split, logs), (whole, other_logs) = runs
+    assert [x["loss"] for x in logs] == pytest.approx([x["loss"] for x in other_logs], abs=1e-6)
+    assert torch.allclose(weights(split), weights(whole), atol=1e-6)
+
+
 def test_an_outlier_of_8000_tokens_among_short_pairs_trains(tmp_path):
     outlier = Group(ids(500, 20), [ids(7400, 21), ids(100, 22)], 7)
     groups = [*random_groups(3), outlier]
