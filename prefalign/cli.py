@@ -62,7 +62,15 @@ RUNS = {
     ),
 }
 # Commands that make no run: each function takes its settings and returns the exit status.
-TOOLS: dict[str, Command] = {}
+TOOLS: dict[str, Command] = {
+    "verify": Command(
+        "verify_config:VerifySettings",
+        "verify:main",
+        "Compare a DPO step with an ordinary one: the library's fused, packed step and eager "
+        "PyTorch's, and TRL's where it is installed, on your own model and pairs. Prints losses, "
+        "log-probs, gradients, time and memory, and PASS (exit status 0) or FAIL (1).",
+    ),
+}
 SWITCHES = {
     "resume": "Go on with the run that output_dir holds.",
     "overwrite": "Remove the run that output_dir holds, and start anew.",
