@@ -97,9 +97,12 @@ PLANNED: ContextVar[Callable[[PackedCall], Tensor] | None] = ContextVar("PLANNED
 
 
 def backend_for(call: PackedCall) -> Callable[[PackedCall], Tensor]:
+    """Return the backend to run: the first that is exact for ``call``, or the planned one."""
+    return PLANNED.get() or exact_backend(call)
+
+
+def exact_backend(call: PackedCall) -> Callable[[PackedCall], Tensor]:
     """Return the first backend that is exact for ``call``."""
-    if (planned := PLANNED.get()) is not None:
-        return planned
     size = call.query.shape[-1]
     if (
         call.query.is_cuda
@@ -123,7 +126,7 @@ def backend_for(call: PackedCall) -> Callable[[PackedCall], Tensor]:
         and not call.dropout
         and size == call.value.shape[-1]
     ):
-        return _attend_merged
+        return attend_merged
     return _attend_eager if call.softcap is not None else _attend_sdpa
 
 
@@ -199,7 +202,8 @@ def _attend_varlen(call: PackedCall) -> Tensor:
     )
 
 
-def _attend_merged(call: PackedCall) -> Tensor:
+def attend_merged(call: PackedCall) -> Tensor:
+    """Attend on a CPU, a prompt's part and a response's own merged by their log-sum-exp."""
     segments = call.on_host()
     parts = (segments.lengths, segments.parents)
     return merged_attention(call.query, call.key, call.value, *parts, call.scale)

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,6 +71,13 @@ TOOLS: dict[str, Command] = {
         "PyTorch's, and TRL's where it is installed, on your own model and pairs. Prints losses, "
         "log-probs, gradients, time and memory, and PASS (exit status 0) or FAIL (1).",
     ),
+    "plan": Command(
+        "plan_config:PlanSettings",
+        "planning:main",
+        "Whether training fits in memory, before its first step: the peak of each phase by "
+        "component, from the model's configuration and the data's lengths; and where it does not, "
+        "the settings that fit, fastest first. Exit status 1 where it does not fit.",
+    ),
 }
 SWITCHES = {
     "resume": "Go on with the run that output_dir holds.",
@@ -107,6 +115,12 @@ def build_parser():
         )
         for switch, text in SWITCHES.items():
             sub.add_argument(f"--{switch}", action="store_true", help=text)
+        sub.add_argument(
+            "--plan",
+            choices=("cuda", "cpu"),
+            help="Predict the run's peak of memory on such a device of memory.limit, and stop; "
+            "reads the data and no weights.",
+        )
         sub.add_class_arguments(_find(command.settings), as_group=True, skip=set(SWITCHES))
         commands.add_subcommand(name, sub, help=command.help.split(":")[0])
     for name, command in TOOLS.items():
@@ -135,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return USAGE_ERROR
-    parsed = parser.parse_args(_config_first(arguments))
+    parsed = parser.parse_args(_config_first(_with_underscores(arguments)))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("prefalign").setLevel(logging.INFO)
     _hush_libraries()
@@ -173,6 +187,16 @@ def _config_first(arguments: list[str]) -> list[str]:
     return [*arguments[:1], *first, *rest]
 
 
+def _with_underscores(arguments: list[str]) -> list[str]:
+    """Take ``--gpu-memory`` for ``--gpu_memory``."""
+    found = []
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        dashed = re.fullmatch(r"--[a-z][\w.-]*", name)
+        found.append(f"--{name[2:].replace('-', '_')}{sign}{value}" if dashed else argument)
+    return found
+
+
 def _find(place: str) -> Any:
     module, name = place.split(":")
     return getattr(importlib.import_module(f".{module}", __package__), name)
@@ -192,6 +216,8 @@ def run_algorithm(command: Command, values) -> int:
     """Run an algorithm and print where its results are."""
     from .report import summary_table
 
+    if values.plan:
+        return plan_algorithm(command, values)
     run = _find(command.run)(_settings(command, values))
     run.run()
     if run.parts.process.is_main_process:
@@ -205,6 +231,17 @@ def run_algorithm(command: Command, values) -> int:
         process.wait_for_everyone()
         process.destroy_process_group()
     return 0
+
+
+def plan_algorithm(command: Command, values) -> int:
+    """Print what a run would need; 1 where it would not fit."""
+    from .planning import show
+
+    settings = _settings(command, values)
+    # Nothing is written: a run in the folder is left as it is.
+    unhindered = dataclasses.replace(settings, resume=False, overwrite=True)
+    run = _find(command.run)(unhindered, plan_for=values.plan)
+    return show(run.memory_request(), settings.memory.limit, "memory.limit")
 
 
 def run_bench(options) -> int:
@@ -232,6 +269,7 @@ def _hush_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 if __name__ == "__main__":

@@ -38,12 +38,15 @@ class ModelSettings:
             already fine-tuned to follow the prompts.
         tokenizer: Folder or hub name of the tokenizer; the model's own if not given.
         dtype: Dtype of the weights; ``auto`` is the checkpoint's own.
+        load_in_4bit: Keep the weights of the linear layers in 4 bits (NF4, QLoRA, arXiv 2305.14314;
+            needs the extra ``bitsandbytes``); only a low-rank adapter is then trained.
         lora: Low-rank adapter.
     """
 
     path: str = ""
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_in_4bit: bool = False
     lora: LoraSettings = field(default_factory=LoraSettings)
 
 
@@ -280,6 +283,12 @@ class RunSettings:
         d, e, g, t = self.data, self.evaluation, self.generation, self.training
         return [
             ("model.path", self.model.path, bool(self.model.path), "a model's folder or name"),
+            (
+                "model.lora.r",
+                self.model.lora.r,
+                self.model.lora.r > 0 or not self.model.load_in_4bit,
+                "1 or more, since model.load_in_4bit leaves nothing else to train",
+            ),
             ("training.batch_size", t.batch_size, t.batch_size >= 1, "1 or more"),
             ("training.max_tokens", t.max_tokens, t.max_tokens >= 1, "1 or more"),
             ("training.learning_rate", t.learning_rate, t.learning_rate >= 0, "0 or more"),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 
 from .attention import use_packed_attention
 from .config import LoraSettings
@@ -56,6 +62,7 @@ def load_model(
     device: torch.device | str | None = None,
     lora: LoraSettings | Any | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    load_in_4bit: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -68,6 +75,8 @@ def load_model(
         device: Where to put it; left on the CPU by default.
         lora: Put a fresh LoRA adapter on it: our settings (rank 0 is none), or a PEFT config.
         adapter: A saved adapter to put on it instead, trainable.
+        load_in_4bit: Keep the weights of linear layers but the head in 4 bits (bitsandbytes' NF4
+            with twice-quantised constants); they compute in ``dtype``.
         revision: The hub's branch, tag or commit.
         trust_remote_code: Whether to run code that comes with the model.
 
@@ -79,24 +88,51 @@ def load_model(
             the architecture cannot take packed batches.
     """
     name = checked_path(path)
-    if adapter is None and (Path(name) / "adapter_config.json").is_file():
+    if adapter is None and (config := adapter_config(name)):
         adapter = name
-        config = _import_peft().PeftConfig.from_pretrained(name)
         name = checked_path(str(config.base_model_name_or_path))
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dtype": dtype,
+    }
+    if load_in_4bit:
+        options |= {"quantization_config": _four_bits(dtype), "device_map": {"": device or "cpu"}}
+        device = None  # placed as it is read
     model = _load_base(name, options)
-    if isinstance(lora, LoraSettings):
-        lora = _lora_config(lora)
+    if adapter is None:
+        model = add_adapter(model, lora, name)
     try:
         if adapter is not None:
             name = os.fspath(adapter)
             model = _import_peft().PeftModel.from_pretrained(model, name, is_trainable=True)
-        elif lora is not None:
-            model = _import_peft().get_peft_model(model, lora)
     except _LOAD_ERRORS as error:
         raise ModelError(f"{name}: cannot load the adapter: {first_line(error)}") from error
     use_packed_attention(model)
     return model if device is None else model.to(device)
+
+
+def adapter_config(folder: str) -> Any | None:
+    """Return the configuration of the PEFT adapter that a folder holds, or None."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return None
+    return _import_peft().PeftConfig.from_pretrained(folder)
+
+
+def add_adapter(model: nn.Module, lora: LoraSettings | Any | None, name: str) -> nn.Module:
+    """Put a fresh LoRA adapter on a model: our settings (rank 0 is none), a PEFT config, or None.
+
+    Raises:
+        ModelError: PEFT is missing, or refuses.
+    """
+    if isinstance(lora, LoraSettings):
+        lora = _lora_config(lora)
+    if lora is None:
+        return model
+    try:
+        return _import_peft().get_peft_model(model, lora)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"{name}: cannot add an adapter: {first_line(error)}") from error
 
 
 def _lora_config(settings: LoraSettings) -> Any | None:
@@ -108,6 +144,18 @@ def _lora_config(settings: LoraSettings) -> Any | None:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
+    )
+
+
+def _four_bits(dtype: str | torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("4-bit weights need bitsandbytes: pip install 'prefalign[bitsandbytes]'")
+    compute = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if compute == "auto" else compute,
     )
 
 

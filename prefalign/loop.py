@@ -13,7 +13,7 @@ An algorithm is a subclass of ``Run`` that says what these are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -23,10 +23,14 @@ from .config import GaugeSettings, RunSettings
 from .data import load_preferences, load_prompts, load_sft
 from .errors import CollapseError
 from .evaluation import Evaluated, evaluate
+from .fake_models import fake_from_config
 from .gauge import GaugeReading
 from .logp_cache import with_reference_logps
+from .memory_model import Training
 from .packing import Group
 from .pipeline import Pipeline
+from .planner import Request, Work, replaced
+from .planning import check, device_memory
 from .report import write_report
 from .rewards import Reward, load_reward
 from .run_folder import StepLog
@@ -67,6 +71,8 @@ class Run(Generic[Settings]):
 
     Args:
         settings: Every setting.
+        plan_for: ``cuda`` or ``cpu``: read the data and no weights, write nothing, to be planned
+            for such a device (``memory_request``) and not run.
 
     Raises:
         UserError: Something in the settings, the data or the model cannot be used; before training.
@@ -75,22 +81,28 @@ class Run(Generic[Settings]):
     algorithm: ClassVar[str]
     pipeline: ClassVar[type[Pipeline]] = Pipeline
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, *, plan_for: str | None = None):
         settings.validate()
         self.settings = settings
+        self.plan_for = plan_for
         self.reward: Reward | None = None
         if settings.evaluation.reward:
             self.reward = load_reward(settings.evaluation.reward)
         self.prepare()
         self.parts = self.pipeline(settings, self.algorithm)
         self.tokenizer = self.parts.tokenizer
-        self.parts.check_model()
+        if plan_for is None:
+            self.parts.check_model()
+        else:
+            self.parts.pretend(fake_from_config(settings.model).model)
         self.prompts: list[Dataset] = []
         self.read_data()
         if settings.evaluation.reward:
             assert settings.evaluation.prompts is not None
             self.eval_prompts = self.read_evaluation_prompts(settings.evaluation.prompts)
-        self.parts.begin()
+        if plan_for is None:
+            self.fit_memory()
+            self.parts.begin()
 
     def run(self) -> None:
         """Run the algorithm, or what is left of it."""
@@ -105,6 +117,61 @@ class Run(Generic[Settings]):
         if self.reward is not None:
             evaluate(self.parts, self.models(), self.eval_prompts, self.reward)
         self.report()
+
+    # Memory, before the first step
+
+    def works(self) -> list[Work]:
+        """Return the trainings of the run; the lengths of what is yet to come are its limits."""
+        raise NotImplementedError
+
+    def work(self, name: str, groups: Sequence[Group], **kwargs: Any) -> Work:
+        """Return one training, by its name, its groups and ``Training``'s further fields."""
+        scored = kwargs.pop("scored", False)
+        processes = self.parts.process.num_processes
+        training = Training(self.settings.training, processes=processes, **kwargs)
+        return Work(name, groups, training, scored)
+
+    def awaited(self, prompts: Iterable[Sequence[int]], responses: int) -> list[Group]:
+        """Return groups of prompts and as many responses, which will be generated, at their limit.
+
+        Of more prompts than a plan needs, the longest.
+        """
+        longest = sorted(prompts, key=len, reverse=True)[: 8 * self.settings.training.batch_size]
+        response = [0] * self.settings.generation.max_new_tokens
+        return [Group(ids, [response] * responses) for ids in longest]
+
+    @property
+    def generated_to(self) -> list[Dataset]:
+        """The prompts that responses are generated to."""
+        return [*self.prompts, *([self.eval_prompts] if self.reward is not None else [])]
+
+    def memory_request(self) -> Request:
+        """Return what a plan of this run is made from."""
+        columns = [
+            ids
+            for prompts in self.generated_to
+            for name in ("prompt_ids", "guided_ids")
+            if name in prompts.column_names
+            for ids in prompts[name]
+        ]
+        return Request(
+            self.settings.model,
+            self.works(),
+            self.settings,
+            self.plan_for or self.parts.process.device.type,
+            prompt_tokens=max(map(len, columns), default=0),
+        )
+
+    def fit_memory(self) -> None:
+        """Predict the peak of memory; refuse or adapt the run where it would not fit."""
+        memory, device = self.settings.memory, self.parts.process.device.type
+        limit = device_memory(memory.limit, device, "memory.limit")
+        if memory.on_excess == "off" or limit is None:
+            return
+        changes, scoring_tokens = check(self.memory_request(), limit, memory.on_excess)
+        if changes:
+            self.settings = self.parts.settings = replaced(self.settings, changes)
+        self.parts.scoring_tokens = scoring_tokens or self.settings.training.max_tokens
 
     # What an algorithm says
 

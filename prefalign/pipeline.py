@@ -127,6 +127,10 @@ class Pipeline:
             adapter=adapter,
         )
 
+    def pretend(self, fake: torch.nn.Module) -> None:
+        """Take a model without numbers for π_init, where a run is only planned."""
+        self.policy, self.holds = fake, INIT
+
     def check_model(self) -> None:
         """Refuse a model with NaN in its weights, or whose logits the fused head cannot match."""
         policy = self.load(INIT)

@@ -24,6 +24,7 @@ from .gauge import read_gauge
 from .loop import Arm, Run
 from .packing import Group
 from .pipeline import INIT
+from .planner import Work
 from .ple_baselines import METHODS, Method, Row
 from .ple_config import PLESettings
 from .principles import load_principles, tokenize_guided
@@ -120,6 +121,16 @@ class PLE(Run[PLESettings]):
             learning_rate=training.sft_learning_rate,
             trainer_class=SFTTrainer,
         )
+
+    def works(self) -> list[Work]:
+        """Return the training on demonstrations, and the iterations'."""
+        works = []
+        if self.demonstrations is not None:
+            works.append(self.work(SFT, groups_from_sft(self.demonstrations)))
+        if self.prompts:
+            ids = (x for prompts in self.prompts for x in prompts["prompt_ids"])
+            works.append(self.work("iterations", self.awaited(ids, 2)))
+        return works
 
     def arms(self) -> list[Arm]:
         """Return PLE itself, then the baselines that are asked for."""

@@ -23,6 +23,7 @@ from .noise_aware import NoiseAwareTrainer
 from .packed_trainer import PackedTrainer
 from .packing import Group
 from .pipeline import INIT, Pipeline
+from .planner import Work
 from .references import snapshot_reference
 from .rewards import call_reward
 from .run_folder import read_rows, write_rows
@@ -130,6 +131,25 @@ class SPA(Run[SPASettings]):
     def conversational(self) -> bool:
         """Whether the labelled pairs are conversations."""
         return is_conversational(self.labelled)
+
+    def works(self) -> list[Work]:
+        """Return the seed's training, the iterations', and that on all labels."""
+        works = [self.work(SEED, groups_from_pairs(self.seed_pairs), scored=True)]
+        if self.prompts:
+            ids = (x for prompts in self.prompts for x in prompts["prompt_ids"])
+            extrapolated = any(self.settings.noise.lambdas)
+            works.append(
+                self.work(
+                    "iterations",
+                    self.awaited(ids, 2),
+                    reference="copy" if extrapolated else "logps",
+                    extrapolated=extrapolated,
+                    scored=True,
+                )
+            )
+        if self.settings.evaluation.all_labels:
+            works.append(self.work(ALL_LABELS, groups_from_pairs(self.all_pairs), scored=True))
+        return works
 
     def arms(self) -> Sequence[Arm]:
         """Return the one way through the iterations."""

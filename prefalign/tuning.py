@@ -8,6 +8,7 @@ from .evaluation import Evaluated
 from .kernels.losses import LOSSES
 from .loop import Run
 from .pipeline import INIT
+from .planner import Work
 from .sft_trainer import SFTTrainer
 from .tokenization import groups_from_pairs, groups_from_sft, is_conversational
 from .trainer import PreferenceTrainer
@@ -33,6 +34,10 @@ class SFT(Run[SFTSettings]):
     def conversational(self) -> bool:
         """Whether the demonstrations are conversations."""
         return is_conversational(self.demonstrations)
+
+    def works(self) -> list[Work]:
+        """Return the one training."""
+        return [self.work("sft", groups_from_sft(self.demonstrations))]
 
     def start(self) -> None:
         """Train on the demonstrations."""
@@ -75,6 +80,10 @@ class DPO(Run[DPOSettings]):
     def conversational(self) -> bool:
         """Whether the pairs are conversations."""
         return is_conversational(self.pairs)
+
+    def works(self) -> list[Work]:
+        """Return the one training."""
+        return [self.work("dpo", groups_from_pairs(self.pairs), scored=True)]
 
     def start(self) -> None:
         """Train on the pairs, against the given model's log-probs, which are computed once."""
