@@ -24,6 +24,7 @@ from .loading import check_finite, first_line, load_tokenizer
 from .packing import Group
 from .tokenization import check_vocabulary, groups_from_pairs, tokenize_preferences
 from .verify_config import VerifySettings
+from .verify_eager import FALL, Outcome, load, run_eager
 from .verify_errors import (
     AFTER,
     BEFORE,
@@ -36,15 +37,7 @@ from .verify_errors import (
     gradient_errors,
     measure,
 )
-from .verify_sides import (
-    FALL,
-    Outcome,
-    SkippedError,
-    load,
-    run_eager,
-    run_prefalign,
-    run_trl,
-)
+from .verify_sides import SkippedError, run_prefalign, run_trl
 
 EXACT_PARAMETERS = 200_000_000
 """Models of more parameters are not run in float64 unless that is asked for."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .packing import Group
-from .verify_sides import Outcome
+from .verify_eager import Outcome
 
 GRADIENT = "relative error of the gradient"
 WORST = "relative error of the gradient, worst in"
@@ -229,19 +229,20 @@ def _gradient_measures(sides: Mapping[str, Outcome], limits: Limits, exact: bool
     def relative(side: GradientErrors, name: str) -> float:
         return side.difference[name] / max(side.size[name], tiny)
 
-    allowed = limits.gradient * whole
+    share = _FLOOR if exact else 1.0
+    allowed = share * limits.gradient * whole
     if exact:
-        allowed = max(2 * found["eager"].whole, _FLOOR / 4 * allowed)
+        allowed = max(2 * found["eager"].whole, allowed)
     errors: dict[str, float | None] = {
         side: errors.whole / max(whole, tiny) for side, errors in found.items()
     }
     measures = [Measure(GRADIENT, errors, allowed / max(whole, tiny), BEFORE)]
     parameters = []
     for name, size in found["prefalign"].size.items():
+        # A small parameter's may cancel further than the whole does, even to 0.
+        allowed = share * limits.gradient * (4 * size + whole / 16)
         if exact:
-            allowed = max(_twice(eager[name], counts[name]), limits.epsilon / 32 * whole)
-        else:
-            allowed = limits.gradient * (4 * size + whole / 16)
+            allowed = max(_twice(eager[name], counts[name]), allowed)
         each: dict[str, float | None] = {
             side: relative(errors, name) for side, errors in found.items()
         }
