@@ -197,7 +197,7 @@ def compare(
         dtype = getattr(torch, exact)
         try:
             answer, _ = run_eager(settings, groups, where, copy_gradients, rate=rate, dtype=dtype)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, ModelError) as error:
             remarks.append(f"There is no {exact} answer: {first_line(error)}.")
         else:
             gradients = answer.gradients

@@ -89,6 +89,21 @@ def test_the_settings_pass(check, options):
     assert ("float64" in row(text, "loss")) == ("exact" not in options)
 
 
+def test_without_an_exact_answer_it_says_so(check, monkeypatch):
+    own = verify.run_eager
+
+    def run(*args, dtype=None, **kwargs):
+        if dtype is not None:
+            raise RuntimeError("no such kernel for Double\nand more")
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(verify, "run_eager", run)
+    status, text = check()
+    assert (status, verdict(text)) == (0, "PASS"), text
+    assert "There is no float64 answer: no such kernel for Double.\n" in text
+    assert "Errors are differences from eager PyTorch" in text
+
+
 def test_dropout_is_off_on_every_side(check, folder):
     write_model(folder / "dropout", "opt", dropout=0.5, attention_dropout=0.5, layerdrop=0.3)
     status, text = check("dropout", exact="none")
