@@ -31,6 +31,9 @@ _HOMES = {
     "SPASettings": "spa_config",
     "PreferenceTrainer": "trainer",
     "NoiseAwareTrainer": "noise_aware",
+    "LogpCache": "logp_cache",
+    "judge": "judging",
+    "Judgement": "judging",
     "PackedBatch": "packing",
     "Group": "packing",
     "pack": "packing",
@@ -58,6 +61,9 @@ __all__ = [
     "SPASettings",
     "PreferenceTrainer",
     "NoiseAwareTrainer",
+    "LogpCache",
+    "judge",
+    "Judgement",
     "PackedBatch",
     "Group",
     "pack",
@@ -66,6 +72,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .errors import UserError
+    from .judging import Judgement, judge
     from .kernels.enhancement_loss import enhancement_loss, released_weights
     from .kernels.head_adapter import HeadAdapter
     from .kernels.linear_preference_loss import linear_preference_loss, plan_pairs
@@ -78,6 +85,7 @@ if TYPE_CHECKING:
     from .kernels.preference_loss import preference_loss
     from .kernels.sequence_logps import sequence_logps
     from .kernels.token_logps import token_logps
+    from .logp_cache import LogpCache
     from .noise_aware import NoiseAwareTrainer
     from .packing import Group, PackedBatch, pack
     from .spa import SPA
