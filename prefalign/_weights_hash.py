@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,10 +32,8 @@ _WRAPPED = ("base_layer", "original_module")
 
 def tokens_hash(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
     """Return a hash of a response's tokens behind a prompt's, each apart from the other."""
-    prompt = np.asarray(prompt_ids, dtype="<i8")
-    response = np.asarray(response_ids, dtype="<i8")
-    length = len(prompt).to_bytes(8, "little")
-    return hashlib.sha256(length + prompt.tobytes() + response.tobytes()).digest()
+    parts = array("q", [len(prompt_ids), *prompt_ids, *response_ids])
+    return hashlib.sha256(parts.tobytes()).digest()
 
 
 def computing_dtype(model: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from prefalign.references import Reference, reference_of
 from prefalign.run_folder import read_rows
 from prefalign.spa import SPA
 from prefalign.spa_config import (
+    JudgeSettings,
     NoiseSettings,
     SPADataSettings,
     SPAGaugeSettings,
@@ -276,6 +277,21 @@ def test_a_stage_is_judged_against_another(finished, monkeypatch, against):
     assert [parameter.requires_grad for parameter in policy.parameters()] == flags
     alone = list(score(policy, groups, max_tokens=10**4))
     assert alone == expected_policy
+
+
+@pytest.mark.parametrize(
+    ("chosen", "stages"),
+    [
+        ("init", ["init", "init", "init"]),
+        ("previous", ["init", "seed", "iteration-1"]),
+        ("none", [None, None, None]),
+    ],
+)
+def test_the_judges_reference_is_the_one_that_is_chosen(chosen, stages):
+    run = SPA.__new__(SPA)
+    run.settings = SPASettings(judge=JudgeSettings(reference=chosen))
+    judges = ["seed", "iteration-1", "iteration-2"]
+    assert [run.judge_reference(stage) for stage in judges] == stages
 
 
 class Killed(Exception):
