@@ -32,6 +32,7 @@ from .packing import PackedBatch
 from .passes import Groups, PackingCollator
 from .references import REFERENCE_ADAPTER
 from .run_folder import remove
+from .sampling import BalancedSampler
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,20 @@ class PackedTrainer(Trainer):
                 items: Any = math.inf if filler else num_items_in_batch
                 total += super().training_step(model, {"batch": batch}, items)
         return total
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the Trainer's sampler; over several processes, one that deals by lengths."""
+        groups: Any = self.train_dataset if train_dataset is None else train_dataset
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return super()._get_train_sampler(train_dataset)
+        shared = self.data_collator.share_prompts
+        return BalancedSampler(
+            [groups[i].tokens_laid(share_prompts=shared) for i in range(len(groups))],
+            self._train_batch_size,
+            processes,
+            self.args.data_seed,
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """Return the batches of an optimiser step and the weight of all their passes."""
