@@ -28,6 +28,7 @@ from .attention import causal_lm
 from .config import GenerationSettings, RunSettings, TrainingSettings
 from .encoding import Text
 from .generation import Generator, TransformersGenerator, VLLMGenerator
+from .loading import adapter_config
 from .logp_cache import CachedModel, LogpCache, logps_of, weights_hash
 from .models import check_finite, load_model, load_tokenizer, verify_head
 from .packed_trainer import (
@@ -392,11 +393,16 @@ class Pipeline:
         return torch.autocast(self.process.device.type, dtype)
 
     def fixed(self, stage: str) -> Reference | CachedModel:
-        """Return the model of a stage, to score with: π_init is the policy without its adapter."""
+        """Return the model of a stage, to score with: π_init may be the policy without adapter."""
         policy = self.policy
-        if stage != INIT or policy is None or not is_peft(policy):
+        if stage != INIT or policy is None or not self.init_is_base(policy):
             policy = self.load(stage)
-        return self.cached(stage, Reference(policy, adapter_off=stage == INIT and is_peft(policy)))
+        off = stage == INIT and self.init_is_base(policy)
+        return self.cached(stage, Reference(policy, adapter_off=off))
+
+    def init_is_base(self, policy: torch.nn.Module) -> bool:
+        """Return whether π_init is what is under the adapter: not where it was given with one."""
+        return is_peft(policy) and adapter_config(self.settings.model.path) is None
 
     @contextlib.contextmanager
     def beside(self, stage: str) -> Iterator[Reference | CachedModel]:
@@ -408,10 +414,11 @@ class Pipeline:
         assert policy is not None
         if not is_peft(policy):
             yield self.cached(stage, reference_of(policy, frozen=self.read_model(stage)))
-        elif stage == INIT:
+        elif stage == INIT and self.init_is_base(policy):
             yield self.fixed(INIT)
         else:
-            policy.load_adapter(str(self.folder(stage) / "model"), REFERENCE_ADAPTER)
+            path = self.settings.model.path if stage == INIT else self.folder(stage) / "model"
+            policy.load_adapter(str(path), REFERENCE_ADAPTER)
             try:
                 yield self.cached(stage, reference_of(policy, adapter=REFERENCE_ADAPTER))
             finally:

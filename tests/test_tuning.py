@@ -19,6 +19,7 @@ from whole_runs import (
 )
 
 from prefalign import cli
+from prefalign.config import LoraSettings
 from prefalign.loading import load_model, load_tokenizer
 from prefalign.packed_trainer import PackedTrainer
 from prefalign.run_folder import read_rows
@@ -128,6 +129,26 @@ def test_dpo_is_smoothed_and_its_reference_is_scored_once(prepared):
         z = torch.tensor(row["rewards/margins"], dtype=torch.float64)
         loss = -0.75 * torch.nn.functional.logsigmoid(z) - 0.25 * torch.nn.functional.logsigmoid(-z)
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_that_is_given_as_an_adapter_is_its_own_reference(prepared, cached):
+    folder, options = prepared
+    path = folder / f"adapter-{cached}"
+    model = load_model(str(folder / "model"), dtype="float32", lora=LoraSettings(r=2))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    load_tokenizer(str(folder / "model")).save_pretrained(path)
+    changes = {"model.path": path, "output_dir": folder / f"run-{cached}"}
+    if cached:
+        changes["reference_cache"] = folder / "cache"
+    run_here("dpo", {**options["dpo"], **changes})
+    metrics = read_rows(folder / f"run-{cached}" / "metrics.jsonl")
+    assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert metrics[0]["rewards/chosen"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
