@@ -22,6 +22,7 @@ from .attention_backends import PLANNED, PackedCall, attend_merged, exact_backen
 from .config import ModelSettings
 from .errors import ModelError
 from .loading import adapter_config, add_adapter, checked_path, first_line
+from .memory_trace import ATTENTION, labelled
 from .packing import PackedBatch
 
 # Bytes a weight in NF4 with twice-quantised constants: 4 bits, and 8.13 bits for 64 weights.
@@ -65,6 +66,7 @@ def fake_from_config(settings: ModelSettings) -> FakeModel:
     name, adapter = checked_path(settings.path), settings.lora
     if saved := adapter_config(name):
         name, adapter = checked_path(str(saved.base_model_name_or_path)), saved
+        saved.inference_mode = False  # it is trained on
     try:
         config = AutoConfig.from_pretrained(name)
         dtype = config.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -111,8 +113,9 @@ class _FlashLike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sums: bool) -> Tensor:
         ctx.sums = sums
-        out = query.new_empty((*query.shape[:2], value.shape[2]))
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        with labelled(ATTENTION):
+            out = query.new_empty((*query.shape[:2], value.shape[2]))
+            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, lse)
         return out
 
@@ -120,22 +123,25 @@ class _FlashLike(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         query, key, value, _, lse = ctx.saved_tensors
-        sums = [torch.empty_like(query, dtype=torch.float32), lse.clone()] if ctx.sums else []
-        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        with labelled(ATTENTION):
+            sums = [torch.empty_like(query, dtype=torch.float32), lse.clone()] if ctx.sums else []
+            grads = tuple(torch.empty_like(x) for x in (query, key, value))
         del sums
         return *grads, None
 
 
 def _on_gpu(call: PackedCall) -> Tensor:
-    gathered = (x.contiguous() for x in call.gathered())
-    return _FlashLike.apply(call.query.contiguous(), *gathered, True)
+    with labelled(ATTENTION):
+        gathered = [x.contiguous() for x in call.gathered()]
+        return _FlashLike.apply(call.query.contiguous(), *gathered, True)
 
 
 def _on_cpu(call: PackedCall) -> Tensor:
     backend = exact_backend(call)
     if backend is attend_merged:  # its many small calls hold nothing that lasts
         return _FlashLike.apply(call.query, call.key, call.value, False)
-    return backend(call)
+    with labelled(ATTENTION):
+        return backend(call)
 
 
 class _FourBitLinear(nn.Linear):

@@ -100,6 +100,8 @@ def load_model(
         options |= {"quantization_config": _four_bits(dtype), "device_map": {"": device or "cpu"}}
         device = None  # placed as it is read
     model = _load_base(name, options)
+    if load_in_4bit:
+        _keep_differentiable(model)
     if adapter is None:
         model = add_adapter(model, lora, name)
     try:
@@ -113,10 +115,17 @@ def load_model(
 
 
 def adapter_config(folder: str) -> Any | None:
-    """Return the configuration of the PEFT adapter that a folder holds, or None."""
+    """Return the configuration of the PEFT adapter that a folder holds, or None.
+
+    Raises:
+        ModelError: It is damaged, or PEFT is missing.
+    """
     if not (Path(folder) / "adapter_config.json").is_file():
         return None
-    return _import_peft().PeftConfig.from_pretrained(folder)
+    try:
+        return _import_peft().PeftConfig.from_pretrained(folder)
+    except _LOAD_ERRORS as error:
+        raise ModelError(f"{folder}: cannot load the adapter: {first_line(error)}") from error
 
 
 def add_adapter(model: nn.Module, lora: LoraSettings | Any | None, name: str) -> nn.Module:
@@ -157,6 +166,17 @@ def _four_bits(dtype: str | torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if compute == "auto" else compute,
     )
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from laying weights out for CPUs with AVX-512 in a pass without gradients.
+
+    It does so for good, and a product with such a weight has no backward: what comes before it in
+    the model would train on wrong gradients, with a warning at most.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _load_base(name: str, options: dict[str, Any]) -> nn.Module:

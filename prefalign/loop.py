@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 from .config import GaugeSettings, RunSettings
@@ -86,7 +87,7 @@ class Run(Generic[Settings]):
         self.settings = settings
         self.plan_for = plan_for
         self.reward: Reward | None = None
-        if settings.evaluation.reward:
+        if settings.evaluation.reward and plan_for is None:
             self.reward = load_reward(settings.evaluation.reward)
         self.prepare()
         self.parts = self.pipeline(settings, self.algorithm)
@@ -101,8 +102,7 @@ class Run(Generic[Settings]):
             assert settings.evaluation.prompts is not None
             self.eval_prompts = self.read_evaluation_prompts(settings.evaluation.prompts)
         if plan_for is None:
-            self.fit_memory()
-            self.parts.begin()
+            self.parts.begin(memory=self.fit_memory())
 
     def run(self) -> None:
         """Run the algorithm, or what is left of it."""
@@ -143,7 +143,8 @@ class Run(Generic[Settings]):
     @property
     def generated_to(self) -> list[Dataset]:
         """The prompts that responses are generated to."""
-        return [*self.prompts, *([self.eval_prompts] if self.reward is not None else [])]
+        evaluated = [self.eval_prompts] if self.settings.evaluation.reward else []
+        return [*self.prompts, *evaluated]
 
     def memory_request(self) -> Request:
         """Return what a plan of this run is made from."""
@@ -154,6 +155,8 @@ class Run(Generic[Settings]):
             if name in prompts.column_names
             for ids in prompts[name]
         ]
+        if self.settings.generation.backend == "vllm":
+            columns = []  # it takes a share of the device of its own
         return Request(
             self.settings.model,
             self.works(),
@@ -162,16 +165,34 @@ class Run(Generic[Settings]):
             prompt_tokens=max(map(len, columns), default=0),
         )
 
-    def fit_memory(self) -> None:
-        """Predict the peak of memory; refuse or adapt the run where it would not fit."""
+    def fit_memory(self) -> dict[str, Any]:
+        """Predict the peak of memory; refuse or adapt the run where it would not fit.
+
+        Returns:
+            What the run folder keeps: ``changes`` of settings, and ``scoring_tokens``. A run that
+            is resumed starts from these, so that it computes the same whatever limit it has now.
+        """
         memory, device = self.settings.memory, self.parts.process.device.type
         limit = device_memory(memory.limit, device, "memory.limit")
-        if memory.on_excess == "off" or limit is None:
-            return
-        changes, scoring_tokens = check(self.memory_request(), limit, memory.on_excess)
-        if changes:
-            self.settings = self.parts.settings = replaced(self.settings, changes)
-        self.parts.scoring_tokens = scoring_tokens or self.settings.training.max_tokens
+        if self.parts.process.num_processes > 1:
+            limit = min(gather_object([limit]), key=lambda size: (size is not None, size or 0))
+        kept = self.parts.run.begun_with("memory") or {}
+        self._change(kept.get("changes", {}))
+        most = kept.get("scoring_tokens")
+        changes: dict[str, Any] = {}
+        if memory.on_excess != "off" and limit is not None:
+            changes, found = check(self.memory_request, limit, memory.on_excess)
+            self._change(changes)
+            tokens = [x for x in (most, found) if x is not None]
+            most = min(tokens, default=None)
+        self.parts.scoring_tokens = most or self.settings.training.max_tokens
+        if kept and changes:
+            logger.warning("memory: what this run still does may differ by rounding")
+        changes = {**kept.get("changes", {}), **changes}
+        return {"changes": changes, "scoring_tokens": self.parts.scoring_tokens}
+
+    def _change(self, changes: dict[str, Any]) -> None:
+        self.settings = self.parts.settings = replaced(self.settings, changes)
 
     # What an algorithm says
 

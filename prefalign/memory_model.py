@@ -169,6 +169,7 @@ def generation_phase(
 
         forward(prompt_tokens, 0)
         _relabel(trace, cache)
+        prefill = Phase("generate", trace.at_peak)
         grown = settings.max_new_tokens - 1
         if grown > 0:
             for index, layer in enumerate(_layers(cache)):
@@ -176,14 +177,24 @@ def generation_phase(
                 cache.update(keys, values, index)
             del keys, values
             _relabel(trace, cache)
+        trace.restart()
         logits = forward(1, prompt_tokens + grown)
         _relabel(trace, cache)
-        # Sampling: float32 scores, the sorted ones and their order, probabilities and their sums.
-        scores = logits.float()
-        ordered, order = scores.sort()
-        kept = ordered.softmax(-1).cumsum(-1)
-        del logits, scores, ordered, order, kept
-        return Phase("generate", trace.at_peak)
+        _sample(logits, settings.top_p)
+        return max(prefill, Phase("generate", trace.at_peak), key=lambda phase: phase.peak)
+
+
+def _sample(logits: Tensor, top_p: float) -> None:
+    """Make what transformers' sampling makes of the last logits, and holds until it is done."""
+    scores = logits.to(torch.float32, copy=True)
+    scored = scores / 1.0  # the temperature
+    if top_p < 1:
+        ordered, order = scored.sort()
+        sums = ordered.softmax(-1).cumsum(-1)
+        del ordered, order, sums
+        scored = scored.clone()
+    shares = scored.softmax(-1)
+    torch.empty_like(shares)  # the random numbers
 
 
 def optimizer_bytes(model: nn.Module, optimizer: str) -> int:

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER = "weights", "reference", "gradients", 
 ACTIVATIONS, ATTENTION, HEAD, CACHE = "activations", "attention", "head", "KV cache"
 COMPONENTS = (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, ACTIVATIONS, ATTENTION, HEAD, CACHE)
 """What memory is for, as tables list it."""
+
+_LABEL: ContextVar[str] = ContextVar("_LABEL", default=ACTIVATIONS)
+
+
+@contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Count what ops inside the block make as ``label``; without one it is activations."""
+    token = _LABEL.set(label)
+    try:
+        yield
+    finally:
+        _LABEL.reset(token)
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -93,7 +106,7 @@ class MemoryTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and count its results."""
         out = func(*args, **(kwargs or {}))
-        label, workspace = self._kind(func, args)
+        label, workspace = self._kind(func, args, kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._live:
                 self.add([tensor], label)
@@ -101,12 +114,12 @@ class MemoryTrace(TorchDispatchMode):
             self.hold(workspace, label)
         return out
 
-    def _kind(self, func: Any, args: Any) -> tuple[str, int]:
+    def _kind(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[str, int]:
         name: str = func._schema.name
-        if name.startswith("prefalign::"):
-            named = {x.name: value for x, value in zip(func._schema.arguments, args, strict=False)}
-            return HEAD, head_workspace(named, self.device)
-        return (ATTENTION if "attention" in name else ACTIVATIONS), 0
+        if not name.startswith("prefalign::"):
+            return _LABEL.get(), 0
+        named = {x.name: value for x, value in zip(func._schema.arguments, args, strict=False)}
+        return HEAD, head_workspace(name, {**named, **kwargs}, self.device)
 
     def _look(self, more: Counter[str] | None = None) -> None:
         total = self.now + (more.total() if more else 0)
@@ -119,23 +132,32 @@ class MemoryTrace(TorchDispatchMode):
         self._sums[label] -= size
 
 
-def head_workspace(arguments: dict[str, Any], device: str) -> int:
+def head_workspace(name: str, arguments: dict[str, Any], device: str) -> int:
     """Return what an op of the head holds beyond its inputs and outputs while it runs, bytes.
 
     Args:
-        arguments: The op's, by name.
+        name: The op's.
+        arguments: Its arguments, by name.
         device: ``cpu`` or ``cuda``.
     """
     if "weight" not in arguments:
         return 0  # an op on log-probs
     hidden, weight = arguments["hidden"], arguments["weight"]
+    up = arguments.get("up")
     plan = plan_head(
         hidden.shape[0],
         weight.shape[0],
         hidden.shape[1],
         dtype=hidden.dtype,
         weight_grad="w" in arguments.get("needs", ""),
+        adapter_rank=0 if up is None else up.shape[1],
         workspace_bytes=arguments.get("budget") or None,
         device=device,
     )
+    single = name == "prefalign::linear_token_logps" and up is None
+    if single and device == "cpu" and hidden.element_size() == 4:
+        # The plan's bound is the triple's. This one holds a tile of logits and what oneDNN makes of
+        # it, the sum of the Jacobian's rows and what is added to that.
+        own = 4 * plan.row_chunk * (2 * plan.vocab_tile + 3 * plan.D)
+        return min(plan.workspace_bytes, own)
     return plan.workspace_bytes

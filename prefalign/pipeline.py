@@ -91,11 +91,11 @@ class Pipeline:
         self.policy: torch.nn.Module | None = None
         self.holds: str | None = None
 
-    def begin(self) -> None:
-        """Open the run folder and the cache for writing."""
+    def begin(self, **facts: Any) -> None:
+        """Open the run folder and the cache for writing; ``facts`` are as for ``RunFolder``."""
         if self.settings.reference_cache is not None:
             self.cache = LogpCache(self.settings.reference_cache)
-        self.run.begin()
+        self.run.begin(**facts)
         self.process.wait_for_everyone()
 
     # The policy
@@ -126,6 +126,7 @@ class Pipeline:
             device=self.process.device,
             lora=model.lora,
             adapter=adapter,
+            load_in_4bit=model.load_in_4bit,
         )
 
     def pretend(self, fake: torch.nn.Module) -> None:

@@ -46,8 +46,11 @@ class PlanSettings:
 
     def validate(self) -> None:
         """Raise RunError, naming the option, where a value cannot be used."""
-        prompt = self.max_prompt_length
+        prompt, training = self.max_prompt_length, self.training
         checks = [
+            ("training.batch_size", training.batch_size, training.batch_size >= 1, "1 or more"),
+            ("training.max_tokens", training.max_tokens, training.max_tokens >= 1, "1 or more"),
+            ("lora.r", self.lora.r, self.lora.r >= 0, "0 or more"),
             ("model", self.model, bool(self.model), "a model's folder or name"),
             (
                 "max_prompt_length",

@@ -1,36 +1,30 @@
-"""Whether a run fits in memory, before its first step, and the settings that make it fit.
+"""How much memory a run takes, before its first step.
 
 A run is planned from its settings, its data's lengths and its model's configuration
 (``memory_model`` predicts a phase). Every batch of an epoch is drawn up, in lengths alone, and the
-heaviest of them are predicted.
+heaviest of them are predicted. ``plan_search`` finds the settings that make it less.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from .attention import sharing_obstacle, uses_padded_rows
-from .config import LoraSettings, ModelSettings, RunSettings
-from .errors import RunError
-from .fake_models import FakeModel, fake_from_config
+from .config import ModelSettings, RunSettings
+from .fake_models import FakeModel
 from .memory_model import Phase, Training, generation_phase, score_phase, train_phases
-from .packing import Group, PackedBatch, pack
+from .packing import Group, PackedBatch
 from .passes import PackingCollator
 from .references import is_peft
 
-# What a device holds besides tensors: the driver's context or the process, and fragmentation.
-_RESERVE = {"cuda": (0.75 * 2**30, 0.04), "cpu": (1.0 * 2**30, 0.0)}
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 TYPICAL = "typical pass"
 _BATCHES = 256  # looked at, at most: those with the longest examples
-_SCORING = (8, 4, 2)  # times the budget of training, for passes without gradients
-_STEP = 256  # a budget of tokens is a multiple of this
-_LORA = LoraSettings(r=16, alpha=32)
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,11 @@ class Request:
     @property
     def sharded(self) -> bool:
         """Whether an engine spreads the model over devices, which is not planned."""
-        return any(name in self.settings.training.arguments for name in ("fsdp", "deepspeed"))
+        arguments = self.settings.training.arguments
+        return any(arguments.get(name) for name in ("fsdp", "deepspeed")) or any(
+            os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
+            for name in ("FSDP", "DEEPSPEED")
+        )
 
     def with_settings(self, changes: dict[str, Any]) -> Request:
         """Return the request with other settings, by their full names."""
@@ -111,40 +109,6 @@ class Plan:
         return self.worst.peak
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Settings under which a run fits.
-
-    Attributes:
-        changes: What to change, by the settings' full names.
-        plan: What is predicted then.
-    """
-
-    changes: dict[str, Any]
-    plan: Plan
-
-
-def parse_size(text: str, option: str = "memory.limit") -> int:
-    """Return a number of bytes: ``24GiB``, ``80 GB``, ``512MiB``.
-
-    Raises:
-        RunError: The text is not a size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if not found or (found[3] and not found[2]):
-        raise RunError(f"{option}: expected a size such as 24GiB, got {text!r}")
-    unit = _UNITS[found[2].lower()]
-    if found[3]:
-        unit = 1024 ** list(_UNITS).index(found[2].lower())
-    return int(float(found[1]) * unit)
-
-
-def usable(limit: int, device: str) -> int:
-    """Return what of a device's memory tensors can have."""
-    fixed, share = _RESERVE[device]
-    return int(limit * (1 - share) - fixed)
-
-
 def make_plan(request: Request, fake: FakeModel, *, brief: bool = False) -> Plan:
     """Predict every phase of a run.
 
@@ -160,20 +124,19 @@ def make_plan(request: Request, fake: FakeModel, *, brief: bool = False) -> Plan
         training, device = work.training, request.device
         found: list[Phase] = []
         if work.scored and not brief:
-            found.append(score_phase(fake, passes.first[0], training.settings, device))
+            heaviest = max([*passes.first, *passes.later], key=passes.tokens)
+            found.append(score_phase(fake, heaviest, training.settings, device))
         if passes.typical is not None and not brief:
             typical, *_ = train_phases(fake, passes.typical, None, training, device)
             found.append(dataclasses.replace(typical, name=TYPICAL))
-        if brief and passes.later_is_heaviest:
-            found += train_phases(fake, None, passes.later, training, device)
-        else:
-            for first in passes.first:
-                found += train_phases(fake, first, passes.later, training, device)
+        first = [] if brief and passes.later_is_heaviest else passes.first
+        for one, other in zip_longest(first, passes.later):
+            found += train_phases(fake, one, other, training, device)
         phases += [
             dataclasses.replace(phase, name=f"{work.name}: {phase.name}")
             for phase in _largest(found)
         ]
-        flops = max(flops, training_flops(work, request.model.lora.r > 0))
+        flops = max(flops, training_flops(work, is_peft(fake.model)))
     if request.prompt_tokens and not brief:
         phases.append(
             generation_phase(
@@ -200,28 +163,25 @@ class Passes:
 
     Attributes:
         first: Of the first passes of steps, the one with the most tokens and the one whose
-            attention is the largest.
-        later: Of the further ones, the one with the most tokens, or None.
+            attention is the largest; they may be the same.
+        later: Of the further ones, likewise, or none.
         typical: Of the first ones, the median by tokens, or None where all are equal.
+        tokens: Counts the tokens that the model sees at a time.
     """
 
     first: list[PackedBatch]
-    later: PackedBatch | None
+    later: list[PackedBatch]
     typical: PackedBatch | None
+    tokens: Callable[[PackedBatch], int]
 
     @property
     def later_is_heaviest(self) -> bool:
         """Whether a further pass, which stands on gradients, is as long as any first one."""
         return (
             len(self.first) == 1
-            and self.later is not None
-            and _tokens(self.later) >= _tokens(self.first[0])
+            and bool(self.later)
+            and self.tokens(self.later[0]) >= self.tokens(self.first[0])
         )
-
-
-def _tokens(batch: PackedBatch) -> int:
-    """Return the tokens that a model sees at a time."""
-    return max((part.num_tokens for part in batch.parts), default=batch.num_tokens)
 
 
 def draw_passes(work: Work, fake: FakeModel, seed: int) -> Passes:
@@ -235,6 +195,9 @@ def draw_passes(work: Work, fake: FakeModel, seed: int) -> Passes:
         settings.max_tokens, share_prompts=shared, split=settings.split_pairs and several
     )
 
+    def tokens(batch: PackedBatch) -> int:
+        return max(_rows(part, padded) for part in (batch.parts or (batch,)))
+
     def scores(batch: PackedBatch) -> int:
         return max(_scores(part, padded) for part in (batch.parts or (batch,)))
 
@@ -242,19 +205,26 @@ def draw_passes(work: Work, fake: FakeModel, seed: int) -> Passes:
     first: list[PackedBatch] = []
     later: list[PackedBatch] = []
     for batch in _batches(work.groups, size, seed):
-        passes = collate([_lengths_only(group) for group in batch])["passes"]
+        passes = collate([lengths_only(group) for group in batch])["passes"]
         first.append(passes[0])
-        later = _best([*later, *passes[1:]], _tokens)
-    median = sorted(first, key=_tokens)[(len(first) - 1) // 2]
-    first = _best(first, _tokens, scores)
-    typical = median if _tokens(median) < _tokens(first[0]) else None
-    return Passes(first, next(iter(later), None), typical)
+        later = _best([*later, *passes[1:]], tokens, scores)
+    median = sorted(first, key=tokens)[(len(first) - 1) // 2]
+    first = _best(first, tokens, scores)
+    typical = median if tokens(median) < tokens(first[0]) else None
+    return Passes(first, later, typical, tokens)
 
 
 def _best(batches: Sequence[PackedBatch], *keys: Any) -> list[PackedBatch]:
     if not batches:
         return []
     return list({id(best): best for best in (max(batches, key=key) for key in keys)}.values())
+
+
+def _rows(batch: PackedBatch, padded: bool) -> int:
+    """Return the tokens of a batch, those that only pad included."""
+    assert batch.segments is not None
+    lengths = batch.segments.lengths
+    return len(lengths) * max(lengths) if padded else sum(lengths)
 
 
 def _scores(batch: PackedBatch, padded: bool) -> int:
@@ -278,7 +248,8 @@ def _batches(groups: Sequence[Group], size: int, seed: int) -> Iterator[list[Gro
         yield [groups[i] for i in batch]
 
 
-def _lengths_only(group: Group) -> Group:
+def lengths_only(group: Group) -> Group:
+    """Return a group whose tokens are all the same one."""
     return Group(
         [0] * len(group.prompt_ids), [[0] * len(x) for x in group.response_ids], group.example_id
     )
@@ -305,162 +276,6 @@ def training_flops(work: Work, adapter: bool) -> float:
         else:
             total += each * shared
     return total / laid
-
-
-# Settings that fit
-
-
-def same_result(request: Request, room: int) -> list[Fit]:
-    """Return settings under which a run fits and learns the same, the fastest first.
-
-    They are the budget of tokens and recomputed activations; and, where responses are generated,
-    how many at a time.
-
-    Args:
-        request: The run as it is set.
-        room: Bytes that tensors can have.
-    """
-    return _fits(request, [{}], room)
-
-
-def other_result(request: Request, room: int) -> list[Fit]:
-    """Return settings under which a run fits and learns otherwise, the fastest first.
-
-    They are an optimiser of 8 bits; an adapter in the place of the whole model; and that on a base
-    of 16 bits, and of 4.
-    """
-    model, choices = request.settings.model, []
-    lora: dict[str, Any] = {}
-    if model.lora.r == 0:
-        lora = {"model.lora.r": _LORA.r, "model.lora.alpha": _LORA.alpha}
-        choices.append(lora)
-        if request.settings.training.optimizer.startswith("adamw_torch"):
-            choices.append({"training.optimizer": "adamw_8bit"})
-    if not model.load_in_4bit:
-        half = {} if _is_half(request) else {"model.dtype": "bfloat16"}
-        if half:
-            choices.append({**lora, **half})
-        choices.append({**lora, **half, "model.load_in_4bit": True})
-    return _fits(request, choices, room)
-
-
-def _is_half(request: Request) -> bool:
-    fake = fake_from_config(dataclasses.replace(request.model, lora=LoraSettings()))
-    return next(fake.model.parameters()).element_size() == 2
-
-
-def _fits(request: Request, choices: Sequence[dict[str, Any]], room: int) -> list[Fit]:
-    found = []
-    for changes in choices:
-        fit = _largest_budget(request.with_settings(changes), changes, room)
-        found.append(fit)
-        if request.settings.training.gradient_checkpointing:
-            continue
-        # Recomputing is for where the budget of tokens had to fall.
-        if fit is None or "training.max_tokens" in fit.changes:
-            changes = {**changes, "training.gradient_checkpointing": True}
-            found.append(_largest_budget(request.with_settings(changes), changes, room))
-    return sorted((fit for fit in found if fit is not None), key=lambda fit: fit.plan.flops)
-
-
-def _largest_budget(request: Request, changes: dict[str, Any], room: int) -> Fit | None:
-    """Return the largest budget of tokens that fits, found between two predictions."""
-    fake = fake_from_config(request.model)
-    generation = _smaller_generation(request, fake, room)
-    if generation is None:
-        return None
-    changes = {**changes, **generation}
-    most, least = request.settings.training.max_tokens, _least_budget(request)
-
-    def at(max_tokens: int) -> Fit:
-        more = {"training.max_tokens": max_tokens} if max_tokens != most else {}
-        more |= changes
-        return Fit(more, make_plan(request.with_settings(more), fake, brief=True))
-
-    given = at(most)
-    if given.plan.peak <= room:
-        return given
-    # A smaller budget takes what fits already no further.
-    over = {
-        work.name
-        for work in request.works
-        for phase in given.plan.phases
-        if phase.name.startswith(f"{work.name}: ") and phase.peak > room
-    }
-    request = dataclasses.replace(request, works=[w for w in request.works if w.name in over])
-    if least >= most or (low := at(least)).plan.peak > room:
-        return None
-    high, lower, upper = given, least, most
-    # The peak is close to linear in tokens, so a few predictions are enough.
-    for _ in range(4):
-        slope = (high.plan.peak - low.plan.peak) / (upper - lower)
-        guess = lower + int((room - low.plan.peak) / max(slope, 1e-9))
-        guess = min(guess, upper - 1) // _STEP * _STEP
-        if guess <= lower:
-            break
-        new = at(guess)
-        if new.plan.peak <= room:
-            lower, low = guess, new
-        else:
-            upper, high = guess, new
-    return low
-
-
-def scoring_budget(request: Request, fake: FakeModel, room: int) -> int:
-    """Return how many tokens a pass without gradients may have: the budget of training, or more.
-
-    Args:
-        request: The run.
-        fake: Its model.
-        room: Bytes that tensors can have; a copy of the model as the reference is taken from them.
-    """
-    settings = request.settings.training
-    if is_peft(fake.model):
-        copy = 0
-    else:
-        copy = sum(p.numel() * p.element_size() for p in fake.model.parameters())
-    group = max(
-        (group for work in request.works for group in work.groups),
-        key=lambda group: group.num_tokens,
-    )
-    several = len(group.response_ids) > 1
-    shared = settings.share_prompts and several and sharing_obstacle(fake.model) is None
-    group, tokens = _lengths_only(group), group.tokens_laid(share_prompts=shared)
-    for factor in _SCORING:
-        budget = factor * settings.max_tokens
-        batch = pack([group] * max(1, budget // tokens), share_prompts=shared)
-        if score_phase(fake, batch, settings, request.device).peak + copy <= room:
-            return budget
-    return settings.max_tokens
-
-
-def _least_budget(request: Request) -> int:
-    """Return the budget below which passes get no smaller."""
-    longest = 1
-    for work in request.works:
-        training = work.training.settings
-        for group in work.groups:
-            if training.split_pairs:
-                tokens = len(group.prompt_ids) + max(map(len, group.response_ids))
-            else:
-                tokens = group.tokens_laid(share_prompts=training.share_prompts)
-            longest = max(longest, tokens)
-    return -(-longest // _STEP) * _STEP
-
-
-def _smaller_generation(request: Request, fake: FakeModel, room: int) -> dict[str, Any] | None:
-    """Return the settings of a batch of responses that fits; None where not even one does."""
-    settings = request.settings.generation
-    size = settings.batch_size
-    while request.prompt_tokens:
-        smaller = dataclasses.replace(settings, batch_size=size)
-        phase = generation_phase(fake, smaller, request.prompt_tokens, request.device)
-        if phase.peak <= room:
-            break
-        if size == 1:
-            return None
-        size //= 2
-    return {} if size == settings.batch_size else {"generation.batch_size": size}
 
 
 def replaced(settings: Any, changes: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ The predictions are ``planner``'s.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,23 +15,13 @@ from .config import DataSettings, ModelSettings, RunSettings
 from .data import load_preferences
 from .errors import RunError
 from .fake_models import fake_from_config
-from .loading import load_tokenizer
+from .loading import first_line, load_tokenizer
 from .memory_model import Training
 from .memory_trace import COMPONENTS
 from .packing import Group
 from .plan_config import PlanSettings
-from .planner import (
-    Fit,
-    Plan,
-    Request,
-    Work,
-    make_plan,
-    other_result,
-    parse_size,
-    same_result,
-    scoring_budget,
-    usable,
-)
+from .plan_search import Fit, other_result, parse_size, same_result, scoring_budget, usable
+from .planner import Plan, Request, Work, make_plan
 from .tokenization import groups_from_pairs, tokenize_preferences
 
 logger = logging.getLogger(__name__)
@@ -46,30 +36,45 @@ NO_FIT = 1
 def main(settings: PlanSettings) -> int:
     """Print a plan, and what would fit; return 0 where the run fits as it is set, else 1."""
     settings.validate()
-    return show(_request(settings), settings.gpu_memory, "gpu_memory")
+    _limit(settings.gpu_memory, settings.device, "gpu_memory")  # before the data are read
+    return show(_request(settings), settings.gpu_memory, "gpu_memory", prefix="model.")
 
 
-def show(request: Request, limit_text: str | None, option: str) -> int:
+def show(request: Request, limit_text: str | None, option: str, *, prefix: str = "") -> int:
     """Print a plan, and what would fit; return 0 where the run fits as it is set, else 1.
 
     Args:
         request: The run.
         limit_text: Memory of the device; a GPU's own if not given.
         option: What the user calls that.
+        prefix: What the command leaves out of settings' full names.
+
+    Raises:
+        RunError: There is no limit, or nothing that can be planned.
     """
-    limit = device_memory(limit_text, request.device, option)
-    if limit is None:
-        raise RunError(f"{option}: expected a size such as 24GiB: there is no such device here")
+    limit = _limit(limit_text, request.device, option)
     if request.sharded:
         raise RunError("training.arguments: a model that FSDP or DeepSpeed shards is not planned")
+    if not request.works:
+        raise RunError("nothing is trained, so there is nothing to plan")
     fake = fake_from_config(request.model)
     plan = make_plan(request, fake)
     room = usable(limit, request.device)
     print(describe(request, plan, limit, room), flush=True)
     if plan.peak <= room:
         return 0
-    print(advise(same_result(request, room), other_result(request, room)))
+    same, other = same_result(request, room), other_result(request, room)
+    print(f"\n{advise(same, other, prefix)}", flush=True)
     return NO_FIT
+
+
+def _limit(limit_text: str | None, device: str, option: str) -> int:
+    limit = device_memory(limit_text, device, option)
+    if limit is None:
+        raise RunError(
+            f"{option}: expected a size such as 24GiB, since no {device} device tells it"
+        )
+    return limit
 
 
 def _request(settings: PlanSettings) -> Request:
@@ -104,18 +109,22 @@ def device_memory(limit: str | None, device: str, option: str) -> int | None:
     if limit is not None:
         return parse_size(limit, option)
     if device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return None
 
 
 # Before a run
 
 
-def check(request: Request, limit: int, on_excess: str) -> tuple[dict[str, Any], int | None]:
+def check(
+    make_request: Callable[[], Request], limit: int, on_excess: str
+) -> tuple[dict[str, Any], int | None]:
     """Refuse a run that would not fit, or return the settings to adapt it by.
 
+    A run does not end because its prediction did: unknown optimisers, odd architectures.
+
     Args:
-        request: The run.
+        make_request: Returns the run.
         limit: Bytes of the device.
         on_excess: ``refuse``, ``adapt`` or ``warn``.
 
@@ -126,32 +135,36 @@ def check(request: Request, limit: int, on_excess: str) -> tuple[dict[str, Any],
     Raises:
         RunError: It does not fit, and may not or cannot be made to.
     """
-    room = usable(limit, request.device)
-    if request.sharded:
-        logger.warning("memory: a model that FSDP or DeepSpeed shards is not planned")
-        return {}, None
+    changes: dict[str, Any] = {}
+    found: list[Fit] = []
     try:
+        request = make_request()
+        if request.sharded:
+            logger.warning("memory: a model that FSDP or DeepSpeed shards is not planned")
+            return {}, None
+        room = usable(limit, request.device)
         fake = fake_from_config(request.model)
         plan = make_plan(request, fake)
+        fits = plan.peak <= room
+        if not fits and on_excess != "warn":
+            found = same_result(request, room)
+            changes = found[0].changes if found else {}
+        scoring_tokens = scoring_budget(request.with_settings(changes), fake, room)
     except Exception as error:
-        # A run must not end because its prediction did: unknown optimisers, odd architectures.
-        logger.warning("memory: cannot be planned, the run goes on: %s", error)
+        message = f"{type(error).__name__}: {first_line(error)}"
+        logger.warning("memory: cannot be planned, the run goes on: %s", message)
         return {}, None
     said = f"{_gib(plan.peak)} predicted for {plan.worst.name!r}, {_gib(room)} there for tensors"
-    changes: dict[str, Any] = {}
-    if plan.peak <= room:
+    if fits:
         logger.info("memory: %s", said)
     elif on_excess == "warn":
         logger.warning("memory: %s", said)
+    elif on_excess == "refuse" or not found:
+        hint = _options(changes) or "no budget of tokens; --plan looks for other settings"
+        raise RunError(f"memory: {said}; what fits: {hint} (or --memory.on_excess warn)")
     else:
-        found = same_result(request, room)
-        fits = _options(found[0].changes) if found else ""
-        if on_excess == "refuse" or not found:
-            hint = fits or "no budget of tokens; prefalign plan looks for other settings"
-            raise RunError(f"memory: {said}; what fits: {hint} (or --memory.on_excess warn)")
-        changes = found[0].changes
-        logger.warning("memory: %s; adapted: %s", said, fits)
-    return changes, scoring_budget(request.with_settings(changes), fake, room)
+        logger.warning("memory: %s; adapted: %s", said, _options(changes))
+    return changes, scoring_tokens
 
 
 # What is said
@@ -202,8 +215,8 @@ def _table(plan: Plan) -> str:
     )
 
 
-def advise(same: Sequence[Fit], other: Sequence[Fit]) -> str:
-    """Return the settings that fit, the fastest first."""
+def advise(same: Sequence[Fit], other: Sequence[Fit], prefix: str = "") -> str:
+    """Return the settings that fit, the fastest first; ``prefix`` is left out of their names."""
     lines = []
     for title, fits in (
         ("What fits and learns the same, fastest first:", same),
@@ -212,15 +225,15 @@ def advise(same: Sequence[Fit], other: Sequence[Fit]) -> str:
         lines += ["", title] if fits else []
         lines += [
             f"  {_gib(fit.plan.peak):>9}  {fit.plan.flops:.2f} forward passes a token  "
-            f"{_options(fit.changes)}"
+            f"{_options(fit.changes, prefix)}"
             for fit in fits
         ]
     return "\n".join(lines[1:]) or "Nothing that can be set makes it fit."
 
 
-def _options(changes: dict[str, Any]) -> str:
+def _options(changes: dict[str, Any], prefix: str = "") -> str:
     return " ".join(
-        f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
+        f"--{name.removeprefix(prefix)} {str(value).lower() if isinstance(value, bool) else value}"
         for name, value in changes.items()
     )
 

@@ -54,7 +54,7 @@ class PLE(Run[PLESettings]):
         """Load the principles and the rewards."""
         settings = self.settings
         self.principles = load_principles(settings.principles)
-        if settings.iterations:
+        if settings.iterations and self.plan_for is None:
             rewards = settings.rewards
             self.rewards = load_rewards(
                 rewards.functions,

@@ -23,7 +23,7 @@ from .errors import RunError
 # Settings that say where and how a run goes on, not what it computes.
 _NOT_IDENTITY = ("output_dir", "resume", "overwrite")
 # Settings that may change when a run is taken up again: they do not enter into its results.
-_CHANGEABLE = ("gauge.on_collapse ", "reference_cache ")
+_CHANGEABLE = ("gauge.on_collapse ", "memory ", "memory.", "reference_cache ")
 _TEMPORARY = ".partial"
 
 
@@ -189,8 +189,18 @@ class RunFolder:
         elif self.path.exists() and any(self.path.iterdir()):
             raise RunError(f"output_dir: {self.path} is not empty and does not hold a run")
 
-    def begin(self) -> None:
-        """Make the folder, or go on with the one that is there."""
+    def begun_with(self, name: str) -> Any:
+        """Return a fact that the run which goes on was begun with, or None."""
+        if self._overwrite or not self._state_path.exists():
+            return None
+        return json.loads(self._state_path.read_text("utf-8")).get(name)
+
+    def begin(self, **facts: Any) -> None:
+        """Make the folder, or go on with the one that is there.
+
+        Args:
+            **facts: What a run that is taken up again is to know of how this one was begun.
+        """
         if not self.main_process:
             return
         if self._overwrite:
@@ -203,7 +213,7 @@ class RunFolder:
             raise RunError(f"output_dir: {self.path} cannot be made: {error.strerror}") from None
         with written_whole(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(self._start["settings"], sort_keys=False), "utf-8")
-        self._write_state(self._start)
+        self._write_state({**self._start, **facts})
 
     def _write_state(self, state: dict[str, Any]) -> None:
         write_json(self._state_path, state)
