@@ -4,9 +4,9 @@ Every provider runs in a process of its own, on the same model, data and order, 
 step's loss and time and its peak memory above the model's own (resident memory after the models
 were made). The losses must agree at every step.
 
-    python bench/training_step.py --steps 50 --out step.json
+    python bench/training_step.py --steps 50 --out results
     python bench/training_step.py --steps 5 --providers prefalign trl
-    python bench/training_step.py --steps 50 --features --out features.json
+    python bench/training_step.py --steps 50 --features --out results
 
 ``--features`` starts from the eager loop and adds one part of this library after the other
 (``FEATURES``). From the cached reference on, its log-probs are computed beforehand, in a process of
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from lengths import VOCAB, draw_pairs
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -332,6 +333,25 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(rows)
 
 
+def write(args: argparse.Namespace, results: dict[str, dict]) -> None:
+    """Write what was found into the folder: every step as JSON, the comparison as Markdown."""
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "revision": args.revision,
+        "steps": args.steps,
+        "pairs": PAIRS,
+    }
+    name = "training_features" if args.features else "training_step"
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"facts": facts, "results": results}, indent=1)
+    (args.out / f"{name}.json").write_text(text + "\n")
+    said = ", ".join(f"{key} {value}" for key, value in facts.items())
+    (args.out / f"{name}.md").write_text(f"{table(results)}\n\n{said}\n")
+
+
 def main() -> None:
     """Run the providers, one process each, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -342,7 +362,8 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=4096, help="of one pass of prefalign's")
     parser.add_argument("--small_tokens", type=int, default=1024, help="of a small pass")
     parser.add_argument("--arguments", type=json.loads, default={}, help="transformers' (JSON)")
-    parser.add_argument("--out", type=Path, help="JSON of every step")
+    parser.add_argument("--out", type=Path, help="folder of the JSON of every step and the table")
+    parser.add_argument("--revision", default=None, help="git revision to record")
     parser.add_argument("--only", choices=known, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
@@ -360,8 +381,7 @@ def main() -> None:
         results[provider] = json.loads(done.stdout.strip().splitlines()[-1])
         print(table(results), flush=True)
     if args.out:
-        facts = {"python": platform.python_version(), "torch": torch.__version__}
-        args.out.write_text(json.dumps({"versions": facts, "results": results}, indent=1) + "\n")
+        write(args, results)
     first = next(iter(results.values()))
     worst = max(difference(found, first) for found in results.values())
     if worst > AGREE:

@@ -26,6 +26,9 @@ def add_options(parser: Any) -> None:
     add("--full", action="store_true", help="on a CPU, the larger models too: hours")
     add("--seconds", type=float, default=20.0, help="time to spend on the rounds of a case")
     add("--rounds", type=int, default=5, help="the least number of rounds of a case")
-    add("--no_memory", action="store_true", help="leave out peak memory and launches")
+    add(
+        "--no-memory", "--no_memory", action="store_true",
+        help="leave out peak memory and launches",
+    )  # fmt: skip
     add("--list", action="store_true", help="print the suites and shapes, and stop")
     add("--revision", default=None, help="git revision to record where there is no repository")
