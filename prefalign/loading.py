@@ -174,9 +174,10 @@ def _keep_differentiable(model: nn.Module) -> None:
     It does so for good, and a product with such a weight has no backward: what comes before it in
     the model would train on wrong gradients, with a warning at most.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _load_base(name: str, options: dict[str, Any]) -> nn.Module:
