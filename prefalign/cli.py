@@ -19,6 +19,7 @@ from .errors import UserError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 
 class Command(NamedTuple):
@@ -141,6 +142,17 @@ def one_line(message: object) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for what the user can mend, 130 on Ctrl-C."""
+    try:
+        status = run_command(arguments)
+        sys.stdout.flush()  # here, and not at exit, where an error would be said
+        return status
+    except BrokenPipeError:  # prefalign ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
+    """Run a command and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         print(f"prefalign {__version__}")  # without importing torch
@@ -166,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; --resume goes on from here" if parsed.command in RUNS else ""
         print(f"\nprefalign: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if not _disk_full(error):
             raise

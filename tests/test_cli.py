@@ -30,6 +30,15 @@ def test_version_does_not_import_torch():
     assert done.stdout == f"prefalign {prefalign.__version__}\n"
 
 
+def test_a_reader_that_leaves_is_no_error():
+    command = [sys.executable, "-m", "prefalign.cli", "bench", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == cli.BROKEN_PIPE
+    assert said == b""
+
+
 def test_help_is_grouped_and_gives_defaults(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["spa", "--help"])
