@@ -324,8 +324,8 @@ def verify_head(model: nn.Module, *, atol: float | None = None, seed: int = 0) -
 
     Args:
         model: The model, wrapped or not, with packed attention.
-        atol: Largest difference allowed. By default ``8 * eps * max(1, max |logit|)``, and a
-            quarter of that in the mean: a logit carries a relative rounding of the computing
+        atol: Largest difference allowed. By default ``8 * eps`` times the largest logit or
+            log-prob, or 1, and a quarter of that in the mean: a logit carries a relative rounding of the computing
             dtype's eps (bfloat16 ``2**-7``, TF32 ``2**-10``), once from the hidden state and once
             from the model's own rounding of it; both paths carry it, and layers add to it.
         seed: Seed of the tokens.
@@ -351,7 +351,7 @@ def verify_head(model: nn.Module, *, atol: float | None = None, seed: int = 0) -
             hidden = [target_hidden(model, batch, through_wrapper=way) for way in (True, False)]
         except TypeError as error:
             raise ModelError(f"{name} does not take packed input: {first_line(error)}") from error
-        own, largest_logit = [], 1.0
+        own, largest = [], 1.0
         with generation_attention(model):
             for group in groups:
                 prompt, response = list(group.prompt_ids), list(group.response_ids[0])
@@ -359,16 +359,16 @@ def verify_head(model: nn.Module, *, atol: float | None = None, seed: int = 0) -
                 logits = unwrap(model)(input_ids=tokens, use_cache=False).logits[
                     0, len(prompt) - 1 : -1
                 ]
-                largest_logit = max(largest_logit, logits.abs().max().item())
                 logps = torch.log_softmax(logits.to(fused.dtype), dim=-1)
                 own.append(logps.gather(1, tokens[0, len(prompt) :, None])[:, 0])
+                largest = max(largest, logits.abs().max().item(), own[-1].abs().max().item())
     gaps = [(fused - torch.cat(own)).abs(), (hidden[0] - hidden[1]).abs().float()]
-    limit = 8 * _epsilon(hidden[0]) * largest_logit if atol is None else atol
-    largest = gaps[0].max().item()
+    limit = 8 * _epsilon(hidden[0]) * largest if atol is None else atol
+    found = gaps[0].max().item()
     # Written so that NaN fails.
-    if not (largest <= limit and gaps[0].mean().item() <= (limit / 4 if atol is None else limit)):
+    if not (found <= limit and gaps[0].mean().item() <= (limit / 4 if atol is None else limit)):
         raise ModelError(
-            f"{name}: packed, fused log-probs differ from the model's own by up to {largest:.3g} "
+            f"{name}: packed, fused log-probs differ from the model's own by up to {found:.3g} "
             f"(allowed: {limit:.3g}), so its head or its attention is not understood"
         )
     if not gaps[1].max().item() <= limit:
@@ -376,7 +376,7 @@ def verify_head(model: nn.Module, *, atol: float | None = None, seed: int = 0) -
             f"{name}: hidden_states[-1] is not what its head receives (difference "
             f"{gaps[1].max().item():.3g})"
         )
-    return largest
+    return found
 
 
 # Whether prompts can be shared

@@ -3,7 +3,11 @@
 import gzip
 import itertools
 import json
+import os
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +101,43 @@ def test_the_ple_demo_runs_on_a_few_prompts(tmp_path, monkeypatch):
         assert all(0 <= reward <= 1 for reward in row["rewards"])
     evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert all(row["mean_reward"] in {i / 16 for i in range(17)} for row in evaluation)
+
+
+def printed_losses(text):
+    return [float(found) for found in re.findall(r"loss (\d\.\d+)", text)]
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop"])
+def test_a_loop_learns(name, monkeypatch, capsys):
+    options = {"model": "examples/demo/model", "pairs": "examples/demo/data/seed_pairs.jsonl"}
+    options |= {"steps": 12} if name == "plain_loop" else {"epochs": 2}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    torch.manual_seed(0)
+    runpy.run_path(f"examples/{name}.py", run_name="__main__")
+    losses = printed_losses(capsys.readouterr().out)
+    assert losses[0] == 0.6931  # ln 2: the policy is its own reference
+    assert sum(losses[-4:]) / 4 < 0.69
+
+
+def test_an_accelerate_loop_runs_in_two_processes():
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+        *("examples/accelerate_loop.py", "--model", "examples/demo/model"),
+        *("--pairs", "examples/demo/data/seed_pairs.jsonl", "--batch_size", "4"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = printed_losses(done.stdout)
+    assert len(losses) == 10 and losses[0] == 0.6931 and losses[-1] < 0.6931
 
 
 @pytest.mark.parametrize("path", ["examples/spa_demo.yaml", "examples/ple_demo.yaml"])

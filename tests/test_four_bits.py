@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from memory import SETTINGS, groups_of, measured_training, predicted, request_for, weight_bytes
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokenizer
+from whole_runs import pairs, refused, write_jsonl
 
 from prefalign.config import LoraSettings, ModelSettings
 from prefalign.errors import ModelError
@@ -126,3 +127,21 @@ def test_training_takes_what_is_planned(tmp_path, reference):
     plan = predicted(request)
     measured = measured_training(request, tmp_path / "run")
     assert 0.95 <= plan.peak / measured <= 1.1, (plan.worst, measured)
+
+
+def test_a_run_loads_its_base_in_4_bits(folder, tmp_path, capsys, monkeypatch):
+    tiny_tokenizer().save_pretrained(folder)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
+    options = {
+        "model.path": folder,
+        "model.load_in_4bit": "true",
+        "data.preferences": write_jsonl(tmp_path / "pairs.jsonl", pairs(4)),
+        "output_dir": tmp_path / "run",
+    }
+    assert refused(capsys, "dpo", options).startswith("model.lora.r: expected 1 or more")
+    message = refused(capsys, "dpo", {**options, "model.lora.r": 4})
+    assert message.endswith("pip install 'prefalign[bitsandbytes]'")
+    assert not (tmp_path / "run").exists()

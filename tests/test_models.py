@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, VOCAB, tiny_model, tiny_tokenizer
 from tiny_models import float64_throughout as float64_throughout
 from tiny_models import one_thread as one_thread
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefalign import models
 from prefalign.attention import generation_attention, use_packed_attention
@@ -341,6 +342,20 @@ def test_verify_head_accepts_the_model_as_it_is_and_refuses_a_misread_head(
     monkeypatch.setattr(models, "read_head", lambda _: wrong)
     with pytest.raises(ModelError, match="differ from the model's own by up to"):
         verify_head(model)
+
+
+def test_verify_head_accepts_log_probs_far_above_the_logits():
+    # Nearly uniform over 8,192 tokens: log-probs of 9 from logits near 0, and their rounding.
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=8192, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.002,
+            )
+        )  # fmt: skip
+        use_packed_attention(model)
+        assert verify_head(model) < 8e-6
 
 
 def test_verify_head_refuses_attention_that_crosses_sequences(monkeypatch):
