@@ -325,9 +325,10 @@ def verify_head(model: nn.Module, *, atol: float | None = None, seed: int = 0) -
     Args:
         model: The model, wrapped or not, with packed attention.
         atol: Largest difference allowed. By default ``8 * eps`` times the largest logit or
-            log-prob, or 1, and a quarter of that in the mean: a logit carries a relative rounding of the computing
-            dtype's eps (bfloat16 ``2**-7``, TF32 ``2**-10``), once from the hidden state and once
-            from the model's own rounding of it; both paths carry it, and layers add to it.
+            log-prob, or 1, and a quarter of that in the mean: a logit carries a relative rounding
+            of the computing dtype's eps (bfloat16 ``2**-7``, TF32 ``2**-10``), once from the hidden
+            state and once from the model's own rounding of it; both paths carry it, and layers add
+            to it.
         seed: Seed of the tokens.
 
     Returns:

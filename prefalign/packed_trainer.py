@@ -206,7 +206,8 @@ class PackedTrainer(Trainer):
         processes = self.accelerator.num_processes
         if processes == 1:
             return super()._get_train_sampler(train_dataset)
-        shared = self.data_collator.share_prompts
+        collate: Any = self.data_collator
+        shared = collate.share_prompts
         return BalancedSampler(
             [groups[i].tokens_laid(share_prompts=shared) for i in range(len(groups))],
             self._train_batch_size,
