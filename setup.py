@@ -7,6 +7,6 @@ what keeps the two apart; everything else is in ``pyproject.toml``.
 from setuptools import setup
 
 setup(
-    packages=["prefalign", "prefalign.benchmarks", "prefalign.kernels"],
+    packages=["prefalign", "prefalign.benchmarks", "prefalign.integrations", "prefalign.kernels"],
     package_dir={"prefalign": "prefalign", "prefalign.kernels": "kernels"},
 )
