@@ -6,12 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
+from scoring import passes as passes
 from spa_run import prepare
 from tiny_models import float64_throughout as float64_throughout
 from tiny_models import tiny_model
 from training import eager_sum, random_groups
 
-from prefalign import judging, logp_cache, loop, models, pipeline
+from prefalign import judging, logp_cache, loop, pipeline
 from prefalign.attention import use_packed_attention
 from prefalign.config import LoraSettings, ModelSettings
 from prefalign.judging import judge
@@ -57,20 +58,6 @@ def lora_model():
         if "lora_B" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """The number of responses in each forward pass that scores some."""
-    laid = []
-    real = models.pack_parts
-
-    def watched(groups, *args, **kwargs):
-        laid.append(sum(len(group.response_ids) for group in groups))
-        return real(groups, *args, **kwargs)
-
-    monkeypatch.setattr(models, "pack_parts", watched)
-    return laid
 
 
 # Values

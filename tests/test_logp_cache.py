@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scoring import passes as passes
 from tiny_models import tiny_model
 from training import random_groups
 from whole_runs import (
@@ -54,20 +55,6 @@ def lora_model(**changes):
         if ".default" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """The number of responses in each forward pass that scores some."""
-    laid = []
-    real = models.pack_parts
-
-    def watched(groups, *args, **kwargs):
-        laid.append(sum(len(group.response_ids) for group in groups))
-        return real(groups, *args, **kwargs)
-
-    monkeypatch.setattr(models, "pack_parts", watched)
-    return laid
 
 
 def files(folder):

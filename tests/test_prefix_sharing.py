@@ -9,12 +9,10 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 from peft import LoraConfig, get_peft_model
-from prefalign.kernels.preference_loss import preference_loss
-from prefalign.kernels.sequence_logps import sequence_logps
 from tiny_models import CONFIGS, VOCAB, tiny_model
 from tiny_models import float64_throughout as float64_throughout
 from tiny_models import one_thread as one_thread
-from training import SETTINGS, model_and_reference, random_groups, train, weights
+from training import SETTINGS, dpo_losses, model_and_reference, random_groups, train, weights
 
 from prefalign import _merged_attention, attention, attention_backends, models
 from prefalign.attention import (
@@ -29,7 +27,7 @@ from prefalign.models import can_share_prompts, response_token_logps, score, tar
 from prefalign.packed_trainer import Groups, training_arguments
 from prefalign.packing import Group, pack
 from prefalign.passes import split_by_tokens
-from prefalign.trainer import CHOSEN, REJECTED, PreferenceTrainer
+from prefalign.trainer import PreferenceTrainer
 
 
 def ids(length, seed):
@@ -201,17 +199,6 @@ def test_on_a_gpu(dtype, window):
 # Models
 
 
-def dpo_loss(model, batches, reference):
-    """Return the mean loss of the pairs of several batches."""
-    sums = []
-    for batch in batches:
-        logps = response_token_logps(model, batch, through_wrapper=True)
-        sums.append(sequence_logps(logps, cu_seqlens=batch.cu_targets).sums)
-    policy = torch.cat(sums).double()
-    split = policy[CHOSEN], policy[REJECTED], reference[CHOSEN], reference[REJECTED]
-    return preference_loss(*split, beta=0.1).losses.mean()
-
-
 @pytest.mark.parametrize("name", tuple(CONFIGS))
 def test_losses_and_gradients_equal_those_of_separate_sequences(name, float64_throughout):
     model = packed_model(name, torch.float64)
@@ -224,7 +211,7 @@ def test_losses_and_gradients_equal_those_of_separate_sequences(name, float64_th
     }
     results = {}
     for layout, batches in layouts.items():
-        loss = dpo_loss(model, batches, reference)
+        loss = dpo_losses(model, batches, reference).mean()
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         results[layout] = loss, [g for g in grads if g is not None]
     loss, grads = results.pop("shared")

@@ -8,12 +8,18 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
-from prefalign.kernels.preference_loss import preference_loss
-from prefalign.kernels.sequence_logps import sequence_logps
 from tiny_models import CONFIGS, VOCAB, tiny_model
 from tiny_models import float64_throughout as float64_throughout
 from tiny_models import one_thread as one_thread
-from training import SETTINGS, model_and_reference, noise_kwargs, random_groups, train, weights
+from training import (
+    SETTINGS,
+    dpo_losses,
+    model_and_reference,
+    noise_kwargs,
+    random_groups,
+    train,
+    weights,
+)
 
 from prefalign import models, noise_aware, packed_trainer, trainer
 from prefalign.attention import use_packed_attention
@@ -24,7 +30,7 @@ from prefalign.packing import Group, pack
 from prefalign.passes import PackingCollator, pack_parts
 from prefalign.ple_config import EnhancementSettings
 from prefalign.references import reference_of, snapshot_reference
-from prefalign.trainer import CHOSEN, REJECTED, PreferenceTrainer
+from prefalign.trainer import PreferenceTrainer
 
 FIELDS = ("input_ids", "position_ids", "target_rows", "targets", "cu_targets", "cu_groups")
 
@@ -144,16 +150,6 @@ def test_parts_move_with_the_batch():
 
 
 # Losses and gradients
-
-
-def dpo_losses(model, batches, reference):
-    sums = []
-    for batch in batches:
-        logps = response_token_logps(model, batch, through_wrapper=True)
-        sums.append(sequence_logps(logps, cu_seqlens=batch.cu_targets).sums)
-    policy = torch.cat(sums).double()
-    split = policy[CHOSEN], policy[REJECTED], reference[CHOSEN], reference[REJECTED]
-    return preference_loss(*split, beta=0.1).losses
 
 
 def gradients(loss, model):

@@ -7,16 +7,19 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from prefalign.kernels.preference_loss import preference_loss
+from prefalign.kernels.sequence_logps import sequence_logps
 from tiny_models import tiny_model
 
 from prefalign.attention import use_packed_attention
 from prefalign.config import TrainingSettings
+from prefalign.models import response_token_logps
 from prefalign.noise_aware import NoiseAwareTrainer
 from prefalign.packed_trainer import Groups, MetricsCallback, training_arguments
 from prefalign.packing import Group
 from prefalign.references import snapshot_reference
 from prefalign.spa_config import NoiseSettings
-from prefalign.trainer import PreferenceTrainer
+from prefalign.trainer import CHOSEN, REJECTED, PreferenceTrainer
 
 SETTINGS = TrainingSettings(
     learning_rate=1e-3, batch_size=4, max_tokens=48, logging_steps=1, save_steps=2
@@ -76,6 +79,17 @@ def eager_sum(model, prompt, response):
     logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     rows = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
     return logps[rows, torch.tensor(response)].sum()
+
+
+def dpo_losses(model, batches, reference):
+    """Return the loss of each pair of several batches."""
+    sums = []
+    for batch in batches:
+        logps = response_token_logps(model, batch, through_wrapper=True)
+        sums.append(sequence_logps(logps, cu_seqlens=batch.cu_targets).sums)
+    policy = torch.cat(sums).double()
+    split = policy[CHOSEN], policy[REJECTED], reference[CHOSEN], reference[REJECTED]
+    return preference_loss(*split, beta=0.1).losses
 
 
 def with_reference_logps(groups):
