@@ -28,7 +28,9 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_our_kernels_under_our_name_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "prefalign/kernels/linear_token_logps.py" in names
+    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "prefalign").glob("**/*.py")}
+    ours |= {f"prefalign/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")}
+    assert ours <= set(names)
     assert {f"prefalign/{name}" for name in ("report.html", "principles.txt", "py.typed")} <= set(
         names
     )
