@@ -66,4 +66,8 @@ for _ in range(args.epochs):
         optimizer.zero_grad()
         loss = accelerator.reduce(out.losses.mean().detach(), "mean")
         accelerator.print(f"loss {loss.item():.4f}")
+# Gloo aborts now and then at exit where DDP's model outlives its process group.
+del out, logps, ref, loss
+accelerator.wait_for_everyone()
+policy, optimizer, loader = accelerator.free_memory(policy, optimizer, loader)
 accelerator.end_training()
