@@ -75,7 +75,8 @@ def fuse(trainer: Any) -> None:
         before.append((model, _trls_forward(model)))
     trainer._forwards_before_fuse = before
     for model, forward in before:
-        op = _FusedLogps(model)
+        # A trainer may watch what passes through the heads (``trl_trainers``).
+        op = getattr(trainer, "_logps_op", _FusedLogps)(model)
         _install(model, _rebound(forward, {_OP: op, _DROPS_ROWS: lambda device: True}), trainer)
 
 
