@@ -18,6 +18,7 @@ from . import pairwise_preference_logits as _pairwise_preference_logits
 from . import preference_loss as _preference_loss
 from . import sequence_logps as _sequence_logps
 from . import token_logps as _token_logps
+from . import unpaired_loss as _unpaired_loss
 
 
 class _Op(nn.Module):
@@ -166,6 +167,46 @@ class NoiseAwareLoss(_Op):
             extrapolated_rejected_logps,
             alpha=alpha,
             threshold=threshold,
+            weights=weights,
+            **self.options,
+        )
+
+
+class UnpairedLoss(_Op):
+    """``unpaired_loss`` as a module; the baseline, made at each step, comes with the call."""
+
+    def __init__(
+        self,
+        *,
+        loss_type: str = "kto",
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(
+            loss_type=loss_type,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            impl=impl,
+        )
+
+    def forward(
+        self,
+        policy_logps: Tensor,
+        reference_logps: Tensor,
+        desirable: Tensor,
+        *,
+        baseline: float | Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> _unpaired_loss.UnpairedLoss:
+        """Return the losses and the rewards ``[S]``."""
+        return _unpaired_loss.unpaired_loss(
+            policy_logps,
+            reference_logps,
+            desirable,
+            baseline=baseline,
             weights=weights,
             **self.options,
         )

@@ -19,6 +19,9 @@ _HOMES = {
     "sequence_logps": "kernels.sequence_logps",
     "preference_loss": "kernels.preference_loss",
     "noise_aware_loss": "kernels.noise_aware_loss",
+    "unpaired_loss": "kernels.unpaired_loss",
+    "kl_baseline": "kernels.unpaired_losses",
+    "RunningShift": "kernels.unpaired_losses",
     "enhancement_loss": "kernels.enhancement_loss",
     "released_weights": "kernels.enhancement_loss",
     "pairwise_preference_logits": "kernels.pairwise_preference_logits",
@@ -49,6 +52,9 @@ __all__ = [
     "sequence_logps",
     "preference_loss",
     "noise_aware_loss",
+    "unpaired_loss",
+    "kl_baseline",
+    "RunningShift",
     "enhancement_loss",
     "released_weights",
     "pairwise_preference_logits",
@@ -85,6 +91,8 @@ if TYPE_CHECKING:
     from .kernels.preference_loss import preference_loss
     from .kernels.sequence_logps import sequence_logps
     from .kernels.token_logps import token_logps
+    from .kernels.unpaired_loss import unpaired_loss
+    from .kernels.unpaired_losses import RunningShift, kl_baseline
     from .logp_cache import LogpCache
     from .noise_aware import NoiseAwareTrainer
     from .packing import Group, PackedBatch, pack

@@ -2,9 +2,10 @@
 
 import pytest
 from crosscompile import SHARED_LIMIT, TARGETS, compile_kernel
-from prefalign.kernels import _pair_losses, pairwise_preference_logits
+from prefalign.kernels import _pair_losses, pairwise_preference_logits, unpaired_loss
 from prefalign.kernels import sequence_logps as sequence
 from prefalign.kernels.losses import LOSSES
+from prefalign.kernels.unpaired_losses import UNPAIRED_LOSSES
 
 pytest.importorskip("triton")
 
@@ -38,6 +39,15 @@ def pair_kernel(loss, noise):
     return fn, types(fn, constexprs, **kinds), constexprs, 4, ()
 
 
+def unpaired_kernel(row):
+    fn = unpaired_loss._forward_kernel
+    constexprs = {"OF_RATIO": row.baseline == "log-ratio", "OF_REWARD": row.baseline == "reward"}
+    constexprs |= {"HAS_WEIGHTS": True, "LOSS": row.device, "BLOCK_S": unpaired_loss.BLOCK_S}
+    constexprs |= {} if row.baseline else {"baseline_ptr": None}
+    kinds = dict.fromkeys(("beta", "desirable_weight", "undesirable_weight"), "fp32")
+    return fn, types(fn, constexprs, desirable_ptr="*i1", **kinds), constexprs, 4, ()
+
+
 def pairwise_kernel(fn, padded):
     constexprs = {"PADDED": padded, "BLOCK_K": pairwise_preference_logits.MAX_BLOCK_K}
     constexprs |= {"blocks_ptr": None} if padded else {}
@@ -57,6 +67,10 @@ KERNELS = {
 } | {
     f"preference_loss_{name}": lambda loss=loss: pair_kernel(loss, False)
     for name, loss in LOSSES.items()
+}
+KERNELS |= {
+    f"unpaired_loss_{name}": lambda row=row: unpaired_kernel(row)
+    for name, row in UNPAIRED_LOSSES.items()
 }
 
 
