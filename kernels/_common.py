@@ -284,3 +284,9 @@ def tanh(x):
     near = x + x * (z * p)
     far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     return tl.where(z < 0.81, near, far)
+
+
+@jit
+def expm1(x):
+    """Return exp(x) - 1 with a small relative error near zero too: tanh(x / 2) * (exp(x) + 1)."""
+    return tanh(0.5 * x) * (tl.exp(x) + 1.0)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._common import jit, store_rounded, tl
-from .losses import PAIR_LOSSES, confidence_device
+from .loss_rows import confidence_device
+from .losses import device_options, score_device
 from .sequence_logps import BLOCK_T
 
 
@@ -34,6 +35,7 @@ def _sequence(
     stride_r,
     stride_e,
     stride_m,
+    HAS_REFERENCE: tl.constexpr,
     REF_TOKENS: tl.constexpr,
     NOISE: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -57,8 +59,8 @@ def _sequence(
             more = tl.load(extrapolated_ptr + offs_t * stride_e, mask=kept, other=0.0)
             extrapolated += more.to(tl.float32)
         count += kept.to(tl.int32)
-    ref = tl.sum(reference, axis=0)
-    if not REF_TOKENS:
+    ref = tl.sum(reference, axis=0)  # 0 where there is none
+    if HAS_REFERENCE and not REF_TOKENS:
         ref = tl.load(ref_ptr + seq * stride_r).to(tl.float32)
     return (
         tl.sum(policy, axis=0),
@@ -95,10 +97,16 @@ def _forward_kernel(
     stride_w,
     beta,
     label_smoothing,
+    extra,
+    power,
+    HAS_REFERENCE: tl.constexpr,
     REF_TOKENS: tl.constexpr,
     NOISE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     LOSS: tl.constexpr,
     INNER: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -107,11 +115,11 @@ def _forward_kernel(
     b = tl.program_id(0).to(tl.int64)
     pc, rc, ec, nc = _sequence(
         2 * b, logps_ptr, ref_ptr, extrapolated_ptr, mask_ptr, cu_ptr, N, stride_l, stride_r,
-        stride_e, stride_m, REF_TOKENS, NOISE, HAS_MASK, BLOCK_T,
+        stride_e, stride_m, HAS_REFERENCE, REF_TOKENS, NOISE, HAS_MASK, BLOCK_T,
     )  # fmt: skip
     pr, rr, er, nr = _sequence(
         2 * b + 1, logps_ptr, ref_ptr, extrapolated_ptr, mask_ptr, cu_ptr, N, stride_l, stride_r,
-        stride_e, stride_m, REF_TOKENS, NOISE, HAS_MASK, BLOCK_T,
+        stride_e, stride_m, HAS_REFERENCE, REF_TOKENS, NOISE, HAS_MASK, BLOCK_T,
     )  # fmt: skip
     smoothing = label_smoothing
     if NOISE:
@@ -120,7 +128,11 @@ def _forward_kernel(
         smoothing = tl.where(is_noisy, tl.load(alpha_ptr), 0.0)
         tl.store(is_noisy_ptr + b, is_noisy)
         tl.store(confidences_ptr + b, confidence)
-    value, slope_c, slope_r = LOSS(pc, rc, nc, pr, rr, nr, beta, smoothing, INNER)
+    own, turn_a = score_device(pc, rc, nc, power, REFERENCE, PER_TOKEN, DIVERGENCE)
+    other, turn_b = score_device(pr, rr, nr, power, REFERENCE, PER_TOKEN, DIVERGENCE)
+    value, slope_c, slope_r = LOSS(own, other, beta, smoothing, extra, INNER)
+    slope_c *= turn_a
+    slope_r *= turn_b
     if HAS_WEIGHTS:
         w = tl.load(weights_ptr + b * stride_w).to(tl.float32)
         value *= w
@@ -174,10 +186,9 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def forward(tensors, cu_seqlens, weights, scalars, ref_tokens, loss, noise, numbers, outputs):
+def forward(tensors, cu_seqlens, weights, scalars, ref_tokens, objective, noise, outputs):
     """Write ``outputs``; ``noise`` says whether the smoothing comes from the extrapolated."""
-    token_logps, _, _, mask = tensors
-    row = PAIR_LOSSES[loss]
+    token_logps, ref_logps, _, mask = tensors
     _forward_kernel[(outputs[0].numel(),)](
         *tensors,
         cu_seqlens,
@@ -186,13 +197,16 @@ def forward(tensors, cu_seqlens, weights, scalars, ref_tokens, loss, noise, numb
         *outputs,
         token_logps.shape[0],
         *(_stride(t) for t in (*tensors, weights)),
-        *numbers,
+        objective.beta,
+        objective.label_smoothing,
+        objective.extra,
+        objective.power,
+        HAS_REFERENCE=ref_logps is not None,
         REF_TOKENS=ref_tokens,
         NOISE=noise,
         HAS_MASK=mask is not None,
         HAS_WEIGHTS=weights is not None,
-        LOSS=row.device,
-        INNER=row.inner,
+        **device_options(objective),
         BLOCK_T=BLOCK_T,
         num_warps=4,
     )

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ._head_math import Head, bias_part, cap_slope, dot, logits, put, target_logits
 from ._online import Online
-from .losses import pair_values, per_token, sequence_sums
+from .losses import pair_slopes, per_token, sequence_sums
 from .pair_plan import PairPlan
 
 
@@ -101,8 +101,8 @@ class _Chunk:
 
 
 def whole_pairs(
-    hidden, weight, targets, bias, ref, ref_logps, weights, ends, kept, head, plan: PairPlan, loss,
-    beta, label_smoothing, needs,
+    hidden, weight, targets, bias, ref, ref_logps, weights, ends, kept, head, plan: PairPlan,
+    objective, needs,
 ):  # fmt: skip
     """Return losses and rewards [B] and the gradients of their mean, at 3F.
 
@@ -122,19 +122,19 @@ def whole_pairs(
         y = targets[index]
         b = None if bias is None else bias.to(dtype)
         chunk = _Chunk(hidden[index], weight, y, b, head, plan.vocab_tile, True)
-        if ref is None:
+        reference = None
+        if ref_logps is not None:
             reference = ref_logps[2 * first : 2 * last].to(dtype)
-        else:
+        elif ref is not None:
             rh, rw, rb = ref
             rb = None if rb is None else rb.to(dtype)
             like = _Chunk(rh[index], rw, y, rb, head, plan.vocab_tile, False)
             reference = sequence_sums(like.logps, spans)
         w = None if weights is None else weights[first:last].to(dtype)
         bounds = torch.tensor(spans)
-        *found, _, slopes = pair_values(
-            loss, sequence_sums(chunk.logps, spans), reference, bounds.diff(), beta,
-            label_smoothing, w,
-        )  # fmt: skip
+        found, slopes = pair_slopes(
+            objective, sequence_sums(chunk.logps, spans), reference, bounds.diff(), w
+        )
         for values, part in zip(out, found, strict=True):
             values[first:last] = part
         if spans[0] == spans[-1]:

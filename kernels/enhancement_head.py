@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._autograd import differentiable
 from ._common import check_number, check_tensor, compute_dtype, jit, on_device, resolve_impl, tl
 from ._loss_heads_triton import _sequence
 from .enhancement_loss import check_forms, check_threshold, enhancement_loss_reference
@@ -90,11 +91,11 @@ def _forward_kernel(
     # A sequence's reward is read where a reference model's sum would be.
     guided, reward_g, _, count_g = _sequence(
         2 * b, logps_ptr, rewards_ptr, logps_ptr, mask_ptr, cu_ptr, N, stride_l, stride_r,
-        stride_l, stride_m, False, False, HAS_MASK, BLOCK_T,
+        stride_l, stride_m, True, False, False, HAS_MASK, BLOCK_T,
     )  # fmt: skip
     plain, reward_p, _, count_p = _sequence(
         2 * b + 1, logps_ptr, rewards_ptr, logps_ptr, mask_ptr, cu_ptr, N, stride_l, stride_r,
-        stride_l, stride_m, False, False, HAS_MASK, BLOCK_T,
+        stride_l, stride_m, True, False, False, HAS_MASK, BLOCK_T,
     )  # fmt: skip
     loss, is_ranked, weight_p, weight_g, slope_p, slope_g = enhancement_device(
         plain, guided, count_p.to(tl.float32), count_g.to(tl.float32), reward_p, reward_g,
@@ -215,7 +216,7 @@ def _backward(ctx, grad_losses, *_):
     return grad, *[None] * 8
 
 
-_enhancement_head.register_autograd(_backward, setup_context=_setup_context)
+_enhancement_head = differentiable(_enhancement_head, _backward, _setup_context)
 
 
 def check_enhancement(

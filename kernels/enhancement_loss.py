@@ -47,7 +47,7 @@ from .enhancement_terms import (
     mean_logps,
     needs_lengths,
 )
-from .losses import scaled
+from .loss_rows import scaled
 
 BLOCK_B = 128
 RELEASED_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5)

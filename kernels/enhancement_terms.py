@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import jit, log1p, tl
-from .losses import scaled
+from .loss_rows import scaled
 
 SFT = ("mean", "sum")
 

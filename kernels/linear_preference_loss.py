@@ -25,6 +25,7 @@ cost is 4F: ``pair_plan.plan_pairs`` says. With the reference's hidden states ad
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -45,8 +46,15 @@ from .linear_token_logps import (
     which_grads,
 )
 from .linear_token_logps_triple import linear_token_logps_triple
-from .loss_heads import NOISE_AWARE, check_loss, check_pair_bounds, pair_loss_head
-from .losses import pair_values, per_token, sequence_sums
+from .loss_heads import (
+    NOISE_AWARE,
+    check_loss,
+    check_pair_bounds,
+    check_references,
+    is_plain,
+    pair_loss_head,
+)
+from .losses import Objective, pair_slopes, per_token, sequence_sums
 from .noise_aware_loss import NoiseAwareLoss
 from .pair_plan import PairPlan, plan_pairs
 from .plan import HeadPlan
@@ -66,8 +74,8 @@ def _ends(cu_seqlens: Tensor, kept: Tensor | None) -> list[int]:
 
 
 def _recompute(
-    hidden, weight, targets, bias, ref, ref_logps, weights, cu_seqlens, counts, head, loss, beta,
-    label_smoothing, ignore_index, needs, tiles,
+    hidden, weight, targets, bias, ref, ref_logps, weights, cu_seqlens, counts, head, objective,
+    ignore_index, needs, tiles,
 ):  # fmt: skip
     """Return what ``whole_pairs`` returns, at 4F, from the ops of ``linear_token_logps``."""
 
@@ -79,11 +87,11 @@ def _recompute(
     ends = cu_seqlens.tolist()
     stats = logps(hidden, weight, bias)
     dtype = stats[0].dtype
-    reference = ref_logps.to(dtype) if ref is None else sequence_sums(logps(*ref)[0], ends)
+    reference = None if ref_logps is None else ref_logps.to(dtype)
+    if ref is not None:
+        reference = sequence_sums(logps(*ref)[0], ends)
     w = None if weights is None else weights.to(dtype)
-    *found, _, slopes = pair_values(
-        loss, sequence_sums(stats[0], ends), reference, counts, beta, label_smoothing, w
-    )
+    found, slopes = pair_slopes(objective, sequence_sums(stats[0], ends), reference, counts, w)
     g = per_token(slopes / (len(slopes) // 2), cu_seqlens, hidden.shape[0])
     grads = backward_op(
         g, None, hidden, weight, targets, bias, stats[6], stats[2], *head, ignore_index, needs,
@@ -111,6 +119,9 @@ def _op(
     loss: str,
     beta: float,
     label_smoothing: float,
+    extra: float,
+    divergence: str,
+    power: float,
     needs: str,
     row_chunk: int,
     vocab_tile: int,
@@ -123,6 +134,7 @@ def _op(
     if pairs == 0:
         return _allocate(hidden, weight, bias, pairs, needs, torch.zeros)
     head = Head(logit_scale, softcap, temperature)
+    objective = Objective(loss, beta, label_smoothing, extra, divergence, power)
     ref = None if ref_hidden is None else (
         ref_hidden, weight if ref_weight is None else ref_weight, ref_bias
     )  # fmt: skip
@@ -136,13 +148,13 @@ def _op(
     )  # fmt: skip
     if plan.strategy == "whole_pairs":
         out, grads = whole_pairs(
-            hidden, weight, targets, bias, ref, ref_logps, weights, ends, kept, head, plan, loss,
-            beta, label_smoothing, needs,
+            hidden, weight, targets, bias, ref, ref_logps, weights, ends, kept, head, plan,
+            objective, needs,
         )  # fmt: skip
     else:
         out, grads = _recompute(
             hidden, weight, targets, bias, ref, ref_logps, weights, cu_seqlens,
-            torch.tensor(ends).diff(), head, loss, beta, label_smoothing, ignore_index, needs,
+            torch.tensor(ends).diff(), head, objective, ignore_index, needs,
             (row_chunk, vocab_tile, budget),
         )  # fmt: skip
     losses, *rewards = out
@@ -167,8 +179,8 @@ def _allocate(hidden, weight, bias, pairs, needs, make=torch.empty):
 
 @_op.register_fake
 def _(hidden, weight, targets, bias, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias,
-      weights, logit_scale, softcap, temperature, ignore_index, loss, beta, label_smoothing, needs,
-      row_chunk, vocab_tile, budget):  # fmt: skip
+      weights, logit_scale, softcap, temperature, ignore_index, loss, beta, label_smoothing, extra,
+      divergence, power, needs, row_chunk, vocab_tile, budget):  # fmt: skip
     return _allocate(hidden, weight, bias, cu_seqlens.shape[0] // 2, needs)
 
 
@@ -181,7 +193,7 @@ def _setup_context(ctx, inputs, output):
 
 @once_differentiable
 def _backward(ctx, grad, *_):
-    none = (None,) * 17
+    none = (None,) * 20
     if grad is None:
         return None, None, None, None, *none
     need_h, need_w, _, need_b = ctx.needs_input_grad[:4]
@@ -213,9 +225,13 @@ def linear_preference_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
-    loss: str = "sigmoid",
+    loss: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 1.0,
+    loss_options: Mapping[str, float] | None = None,
     weights: Tensor | None = None,
     extrapolation: float = 0.0,
     alpha: float | Tensor | None = None,
@@ -247,7 +263,7 @@ def linear_preference_loss(
         ref_logps: [2B], float: the reference's summed log-probs. A constant.
         ref_hidden: the shape and dtype of ``hidden``: the reference's hidden states, in place of
             ``ref_logps``; its log-probs are computed here, without a gradient, at 1F. With
-            ``"ple"`` there is no reference.
+            ``"ple"`` there is no reference; with a loss that has none it counts for the rewards.
         ref_weight: [V, D], the reference's head; None (default): both share ``weight``.
         ref_bias: [V] or None. With a shared head it defaults to ``bias``.
         bias: [V], any float dtype, or None.
@@ -257,10 +273,14 @@ def linear_preference_loss(
         ignore_index: target of rows that do not count: no share in any sum, no gradient, and on a
             CPU no GEMM. (On a GPU, knowing their number would be a host sync: they are computed
             and masked.) Default -100.
-        loss: a name in ``losses.PAIR_LOSSES``, ``"noise_aware"`` or ``"ple"``. Default
-            ``"sigmoid"``, DPO.
+        loss: what ``preference_loss`` takes as ``loss_type``, ``"noise_aware"`` or ``"ple"``.
+            Default ``"sigmoid"``, DPO.
+        loss_weights: as in ``preference_loss``, for several losses. Default None, all 1.
         beta: scale of the margin, per nat. Above 0, default 0.1.
         label_smoothing: probability that a label is flipped, in [0, 0.5]. Default 0.
+        f_divergence_type: as in ``preference_loss``, default ``"reverse_kl"``. So are the next two.
+        f_alpha_divergence_coef: default 1.
+        loss_options: default None.
         weights: [B], float, multiplies the losses. A constant. Default None, all 1.
         extrapolation: SPA's lambda, for ``"noise_aware"``; default 0, where extrapolated and
             policy are one. Any other value needs ``ref_hidden``.
@@ -325,13 +345,20 @@ def linear_preference_loss(
         losses = found.losses if reduction == "none" else found.losses.sum() / max(1, pairs)
         return EnhancementLoss(losses, found.is_ranked, found.weights)
     refuse_enhancement(rewards=rewards, **forms)
-    _check_reference(hidden, weight, ref_logps, ref_hidden, ref_weight, ref_bias, pairs)
+    numbers = {
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "loss_weights": loss_weights,
+        "f_divergence_type": f_divergence_type,
+        "f_alpha_divergence_coef": f_alpha_divergence_coef,
+        "loss_options": loss_options,
+    }
+    terms, alpha, threshold = check_loss(
+        loss, alpha=alpha, threshold=threshold, like=like, dtype=dtype, **numbers
+    )
+    _check_reference(terms, hidden, weight, ref_logps, ref_hidden, ref_weight, ref_bias, pairs)
     if weights is not None:
         check_tensor("weights", weights, shape=(pairs,), like=like, constant=True)
-    beta = check_number("beta", beta, above=0)
-    label_smoothing, alpha, threshold = check_loss(
-        loss, label_smoothing, alpha, threshold, like, dtype
-    )
     extrapolation = check_number("extrapolation", extrapolation)
     if extrapolation and (loss != NOISE_AWARE or ref_hidden is None):
         raise ValueError(
@@ -350,6 +377,7 @@ def linear_preference_loss(
         and strategy == "recompute"
         and impl == "chunked"
         and loss != NOISE_AWARE
+        and is_plain(terms)
         and hidden.dtype.itemsize > 2
         and (weight.requires_grad or (bias is not None and bias.requires_grad))
     ):
@@ -360,7 +388,7 @@ def linear_preference_loss(
         )
         mean, chosen_rewards, rejected_rewards, *_ = _op(
             hidden, weight, targets.long().contiguous(), bias, cu_seqlens.contiguous(), ref_logps,
-            *ref, weights, *head, ignore_index, loss, beta, label_smoothing, needs, *tiles,
+            *ref, weights, *head, ignore_index, *terms[0].objective, needs, *tiles,
         )  # fmt: skip
         return PreferenceLoss(mean, chosen_rewards, rejected_rewards)
     options = {
@@ -386,9 +414,8 @@ def linear_preference_loss(
         extrapolated = policy.detach() if loss == NOISE_AWARE else None
     out = pair_loss_head(
         policy, cu_seqlens=cu_seqlens, ref_logps=ref_logps, ref_token_logps=ref_tokens,
-        extrapolated_token_logps=extrapolated, mask=targets != ignore_index, loss=loss, beta=beta,
-        alpha=alpha, label_smoothing=label_smoothing, threshold=threshold, weights=weights,
-        impl=impl,
+        extrapolated_token_logps=extrapolated, mask=targets != ignore_index, loss=loss, alpha=alpha,
+        threshold=threshold, weights=weights, impl=impl, **numbers,
     )  # fmt: skip
     losses = out.losses if reduction == "none" else out.losses.sum() / max(1, pairs)
     if loss == NOISE_AWARE:
@@ -396,16 +423,15 @@ def linear_preference_loss(
     return PreferenceLoss(losses, *out[1:3])
 
 
-def _check_reference(hidden, weight, ref_logps, ref_hidden, ref_weight, ref_bias, pairs):
+def _check_reference(terms, hidden, weight, ref_logps, ref_hidden, ref_weight, ref_bias, pairs):
     like = ("hidden", hidden)
-    if (ref_logps is None) == (ref_hidden is None):
-        got = "neither" if ref_logps is None else "both"
-        raise ValueError(f"ref_logps, ref_hidden: expected exactly one of them, got {got}")
-    if ref_logps is not None:
-        check_tensor("ref_logps", ref_logps, shape=(2 * pairs,), like=like, constant=True)
+    check_references(terms, ref_logps=ref_logps, ref_hidden=ref_hidden)
+    if ref_hidden is None:
+        if ref_logps is not None:
+            check_tensor("ref_logps", ref_logps, shape=(2 * pairs,), like=like, constant=True)
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
-                raise ValueError(f"{name}: expected None with ref_logps, got a tensor")
+                raise ValueError(f"{name}: expected None without ref_hidden, got a tensor")
         return
     same = (hidden.dtype,)
     check_tensor("ref_hidden", ref_hidden, dtypes=same, shape=hidden.shape, like=like)

@@ -2,9 +2,9 @@
 
 Responses lie end to end, chosen and rejected in turn: pair b is the sequences 2b and 2b + 1 of
 ``cu_seqlens``. With ``sums[s]`` the sum over the tokens t of sequence s that count, ``ref`` the
-same under the reference model, and l a row of ``losses.PAIR_LOSSES``::
+same under the reference model, and l a row of ``losses.LOSSES``, whose score may be per token::
 
-    side(s) = sums[s], ref[s], counts[s]     losses[b] = weights[b] * l(side(2b), side(2b + 1))
+    score[s] = f(sums[s] - ref[s])           losses[b] = weights[b] * l(score[2b], score[2b + 1])
     slopes[s] = d losses[b] / d sums[s]      d losses[b] / d token_logps[t] = slopes[s], t in s
 
 and 0 where masked. For a loss of the margin that is, with
@@ -27,6 +27,7 @@ the other sequences hold.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,10 +44,12 @@ from ._common import (
     on_device,
     resolve_impl,
 )
-from ._pair_losses import check_scalar
+from ._pair_losses import Pairs, check_scalar
 from .enhancement_head import PLE, check_enhancement, enhancement_head, refuse_enhancement
-from .losses import PAIR_LOSSES, margins_of, pair_values, per_token, sequence_sums, sides
-from .sequence_logps import _check_spans, sequence_logps_reference
+from .losses import Objective, log_ratios, pair_values, per_token, sequence_sums, sides
+from .objectives import Term, loss_names, resolve
+from .preference_loss import check_device, of_terms, preference_loss_reference
+from .sequence_logps import _check_spans, sequence_logps, sequence_logps_reference
 
 NOISE_AWARE = "noise_aware"
 
@@ -74,48 +77,35 @@ class PairLosses(NamedTuple):
 def pair_loss_head_reference(
     token_logps: Tensor,
     cu_seqlens: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     extrapolated_token_logps: Tensor | None,
     mask: Tensor | None,
     weights: Tensor | None,
     alpha: Tensor | None,
     threshold: Tensor | None,
-    loss: str,
-    beta: float,
-    label_smoothing: float,
+    objective: Objective,
 ) -> PairLosses:
     """Return everything by eager PyTorch, in the dtype given; ``ref_logps`` are the 2B sums."""
     sums, counts = sequence_logps_reference(token_logps, cu_seqlens, mask)
-    pair = sides(sums, ref_logps, counts)
-    smoothing, is_noisy, confidences = label_smoothing, None, None
-    if loss == NOISE_AWARE:
+    pairs = Pairs(sides(sums), sides(ref_logps), counts=sides(counts), weights=weights)
+    smoothing, is_noisy, confidences = None, None, None
+    if extrapolated_token_logps is not None:
         beyond = sequence_logps_reference(extrapolated_token_logps, cu_seqlens, mask).sums
-        margins = margins_of(*sides(beyond.detach(), ref_logps, counts))
-        confidences = (beta * margins).sigmoid()
+        chosen, rejected = log_ratios(sides(beyond.detach()), pairs.reference)
+        confidences = (objective.beta * (chosen - rejected)).sigmoid()
         is_noisy = confidences < threshold
         smoothing = is_noisy.to(confidences.dtype) * alpha
-    losses = PAIR_LOSSES[_table_row(loss)].value(*pair, beta, smoothing)
-    losses = losses if weights is None else weights * losses
-    rewards = (beta * (side.policy.detach() - side.reference) for side in pair)
-    return PairLosses(
-        losses, *rewards, margins_of(*pair).detach(), sums.detach(), counts, is_noisy, confidences
-    )
-
-
-def _table_row(loss: str) -> str:
-    """Return the row of ``PAIR_LOSSES``: the noise-aware loss is DPO with a smoothing per pair."""
-    return "sigmoid" if loss == NOISE_AWARE else loss
+    found = preference_loss_reference(pairs, objective, smoothing)
+    chosen, rejected = log_ratios(sides(sums.detach()), pairs.reference)
+    return PairLosses(*found, chosen - rejected, sums.detach(), counts, is_noisy, confidences)
 
 
 # Chunked torch
 
 
-def _forward_chunked(
-    tensors, cu_seqlens, weights, scalars, ref_tokens, loss, noise, numbers, outputs
-):
+def _forward_chunked(tensors, cu_seqlens, weights, scalars, ref_tokens, objective, noise, outputs):
     losses, *_, sums, counts, slopes, is_noisy, confidences = outputs
     dtype = losses.dtype
-    beta, smoothing = numbers
     *tensors, mask = tensors
     ends = cu_seqlens.tolist()
 
@@ -127,17 +117,23 @@ def _forward_chunked(
     sums.copy_(summed(tensors[0]))
     for s, (start, end) in enumerate(pairwise(ends)):
         counts[s] = end - start if mask is None else mask[start:end].sum()
-    ref = summed(tensors[1]) if ref_tokens else tensors[1].to(dtype)
+    ref = tensors[1]
+    if ref is not None:
+        ref = summed(ref) if ref_tokens else ref.to(dtype)
+    smoothing: float | Tensor = objective.label_smoothing
     if noise:
         alpha, threshold = scalars
-        margins = margins_of(*sides(summed(tensors[2]), ref, counts))
-        torch.sigmoid(beta * margins, out=confidences)
+        chosen, rejected = log_ratios(sides(summed(tensors[2])), sides(ref))
+        torch.sigmoid(objective.beta * (chosen - rejected), out=confidences)
         torch.lt(confidences, threshold, out=is_noisy)
         smoothing = torch.where(is_noisy, alpha, 0)
     weights = None if weights is None else weights.to(dtype)
-    found = pair_values(loss, sums, ref, counts, beta, smoothing, weights)
-    for out, value in zip((*outputs[:4], slopes), found, strict=True):
+    *found, slope_c, slope_r = pair_values(
+        objective, sides(sums), sides(ref), sides(counts), smoothing, weights
+    )
+    for out, value in zip(outputs[:4], found, strict=True):
         out.copy_(value)
+    torch.stack((slope_c, slope_r), -1, out=slopes.view(-1, 2))
 
 
 def _backward_chunked(grad, grad_losses, slopes, cu_seqlens, mask):
@@ -149,12 +145,12 @@ def _backward_chunked(grad, grad_losses, slopes, cu_seqlens, mask):
 # The op
 
 
-def _allocate(token_logps, ref_logps, extrapolated, cu_seqlens, weights, loss):
+def _allocate(token_logps, ref_logps, extrapolated, cu_seqlens, weights):
     """Return the op's outputs, not yet written, in the order of its kernel."""
     dtype = compute_dtype(token_logps, ref_logps, extrapolated, weights)
     sequences = cu_seqlens.shape[0] - 1
     pairs = sequences // 2
-    noisy = pairs if loss == NOISE_AWARE else 0
+    noisy = 0 if extrapolated is None else pairs
     return (
         *(token_logps.new_empty(pairs, dtype=dtype) for _ in range(4)),
         token_logps.new_empty(sequences, dtype=dtype),
@@ -168,7 +164,7 @@ def _allocate(token_logps, ref_logps, extrapolated, cu_seqlens, weights, loss):
 @torch.library.custom_op("prefalign::pair_loss_head", mutates_args=())
 def _pair_loss_head(
     token_logps: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     extrapolated: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor,
@@ -179,25 +175,27 @@ def _pair_loss_head(
     loss: str,
     beta: float,
     label_smoothing: float,
+    extra: float,
+    divergence: str,
+    power: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_spans(cu_seqlens, token_logps.shape[0])
-    outputs = _allocate(token_logps, ref_logps, extrapolated, cu_seqlens, weights, loss)
+    outputs = _allocate(token_logps, ref_logps, extrapolated, cu_seqlens, weights)
+    objective = Objective(loss, beta, label_smoothing, extra, divergence, power)
     if outputs[0].numel():
         forward = _loss_heads_triton.forward if impl == "triton" else _forward_chunked
         with on_device(token_logps):
             forward(
                 (token_logps, ref_logps, extrapolated, mask), cu_seqlens, weights,
-                (alpha, threshold), ref_tokens, _table_row(loss), loss == NOISE_AWARE,
-                (beta, label_smoothing), outputs,
+                (alpha, threshold), ref_tokens, objective, extrapolated is not None, outputs,
             )  # fmt: skip
     return outputs
 
 
 @_pair_loss_head.register_fake
-def _(token_logps, ref_logps, extrapolated, mask, cu_seqlens, weights, alpha, threshold,
-      ref_tokens, loss, beta, label_smoothing, impl):  # fmt: skip
-    return _allocate(token_logps, ref_logps, extrapolated, cu_seqlens, weights, loss)
+def _(token_logps, ref_logps, extrapolated, mask, cu_seqlens, weights, *_):
+    return _allocate(token_logps, ref_logps, extrapolated, cu_seqlens, weights)
 
 
 @torch.library.custom_op("prefalign::pair_loss_head_backward", mutates_args=())
@@ -238,7 +236,7 @@ def _backward(ctx, grad_losses, *_):
     grad = None
     if ctx.needs_input_grad[0] and grad_losses is not None:
         grad = _pair_loss_head_backward(grad_losses, *ctx.saved_tensors, *ctx.constants)
-    return grad, *[None] * 12
+    return grad, *[None] * 15
 
 
 _pair_loss_head.register_autograd(_backward, setup_context=_setup_context)
@@ -255,27 +253,50 @@ def check_pair_bounds(cu_seqlens: Tensor, like: tuple[str, Tensor]) -> int:
     return cu_seqlens.shape[0] // 2
 
 
-def check_loss(loss, label_smoothing, alpha, threshold, like, dtype):
-    """Check what a loss takes; return (label_smoothing, alpha, threshold), the last two tensors."""
-    check_choice("loss", loss, (*PAIR_LOSSES, NOISE_AWARE, PLE))
-    label_smoothing = check_number("label_smoothing", label_smoothing, low=0, high=0.5)
-    if loss == NOISE_AWARE:
+def check_loss(
+    loss, beta, label_smoothing, alpha, threshold, like, dtype, loss_weights=None,
+    f_divergence_type="reverse_kl", f_alpha_divergence_coef=1.0, loss_options=None,
+):  # fmt: skip
+    """Check what a loss takes; return (summands, alpha, threshold), the last two tensors or None.
+
+    The noise-aware loss is DPO with a smoothing per pair.
+    """
+    if isinstance(loss, str):
+        check_choice("loss", loss, (*loss_names(), NOISE_AWARE, PLE))
+    noisy = loss == NOISE_AWARE
+    terms = resolve(
+        "sigmoid" if noisy else loss, loss_weights=loss_weights, beta=check_number(
+            "beta", beta, above=0
+        ), label_smoothing=label_smoothing, f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef, loss_options=loss_options, name="loss",
+    )  # fmt: skip
+    if noisy:
         if label_smoothing:
             raise ValueError(
                 f"label_smoothing: expected 0 with loss='noise_aware', whose smoothing is alpha, "
                 f"got {label_smoothing}"
             )
+        if loss_weights is not None or f_divergence_type != "reverse_kl":
+            raise ValueError(
+                "loss_weights, f_divergence_type: expected None and 'reverse_kl' with "
+                f"loss='noise_aware', got {loss_weights} and {f_divergence_type!r}"
+            )
         if threshold is None:
             raise ValueError("threshold: expected a number with loss='noise_aware', got None")
         alpha = 0.1 if alpha is None else alpha
-        return 0.0, *(
+        return terms, *(
             check_scalar(name, value, like, dtype)
             for name, value in (("alpha", alpha), ("threshold", threshold))
         )
     for name, value in (("alpha", alpha), ("threshold", threshold)):
         if value is not None:
             raise ValueError(f"{name}: expected None, only 'noise_aware' takes it, got {value}")
-    return label_smoothing, None, None
+    return terms, None, None
+
+
+def is_plain(terms: tuple[Term, ...]) -> bool:
+    """Return whether a loss is one row of the table on the pairs as they come: one launch."""
+    return len(terms) == 1 and terms[0].kind == "pairs" and terms[0].weight == 1
 
 
 def pair_loss_head(
@@ -286,9 +307,13 @@ def pair_loss_head(
     ref_token_logps: Tensor | None = None,
     extrapolated_token_logps: Tensor | None = None,
     mask: Tensor | None = None,
-    loss: str = "sigmoid",
+    loss: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 1.0,
+    loss_options: Mapping[str, float] | None = None,
     alpha: float | Tensor | None = None,
     threshold: float | Tensor | None = None,
     weights: Tensor | None = None,
@@ -320,16 +345,21 @@ def pair_loss_head(
             ``cu_seqlens[s]:cu_seqlens[s + 1]``. From 0 to N, checked on a CPU only.
         ref_logps: ``[2B]``, float: the sums under the reference model. A constant: one that
             requires grad is refused. So are all that follow.
-        ref_token_logps: ``[N]``, float: its tokens, summed here. Exactly one of the two, and
-            neither with ``"ple"``.
+        ref_token_logps: ``[N]``, float: its tokens, summed here. Exactly one of the two; neither
+            with ``"ple"``; at most one with a loss that has no reference, for the rewards.
         extrapolated_token_logps: ``[N]``, float: for ``"noise_aware"`` alone, which needs it.
         mask: ``[N]``, bool or integer, 0 where a token does not count: it may hold NaN, and its
             gradient is exactly 0. Default None: every token counts.
-        loss: a name in ``losses.PAIR_LOSSES``, ``"noise_aware"`` or ``"ple"``. Default
-            ``"sigmoid"``, DPO.
+        loss: what ``preference_loss`` takes as ``loss_type``, ``"noise_aware"`` or ``"ple"``.
+            Default ``"sigmoid"``, DPO. A row of ``losses.LOSSES`` is one launch; sums of several
+            and losses of the whole batch are ``sequence_logps`` and ``preference_loss``.
+        loss_weights: as in ``preference_loss``, for several losses. Default None, all 1.
         beta: scale of the margin, per nat. Above 0, default 0.1. ``"ple"`` has none.
         label_smoothing: probability that a label is flipped, in [0, 0.5]. Default 0; must be 0
             with ``"noise_aware"``.
+        f_divergence_type: as in ``preference_loss``, default ``"reverse_kl"``. So are the next two.
+        f_alpha_divergence_coef: default 1.
+        loss_options: default None.
         alpha: label smoothing of noisy pairs, in [0, 1]: a number, or a 0-dim tensor on the device
             whose value is not checked. Default 0.1. ``"noise_aware"`` alone takes it.
         threshold: a pair is noisy when its confidence is strictly below; in [0, 1], likewise.
@@ -379,9 +409,6 @@ def pair_loss_head(
         own = (rewards[0::2], rewards[1::2])
         return PairLosses(losses, *own, *others, None, None, is_ranked, sft_weights)
     refuse_enhancement(rewards=rewards, **forms)
-    if (ref_logps is None) == (ref_token_logps is None):
-        got = "neither" if ref_logps is None else "both"
-        raise ValueError(f"ref_logps, ref_token_logps: expected exactly one of them, got {got}")
     shape = token_logps.shape
     for name, value, size in (
         ("ref_logps", ref_logps, (2 * pairs,)),
@@ -392,12 +419,13 @@ def pair_loss_head(
         if value is not None:
             check_tensor(name, value, shape=size, like=like, constant=True)
     mask = _check_mask(mask, token_logps)
-    beta = check_number("beta", beta, above=0)
     ref = ref_token_logps if ref_logps is None else ref_logps
     dtype = compute_dtype(token_logps, ref, extrapolated_token_logps, weights)
-    label_smoothing, alpha, threshold = check_loss(
-        loss, label_smoothing, alpha, threshold, like, dtype
-    )
+    terms, alpha, threshold = check_loss(
+        loss, beta, label_smoothing, alpha, threshold, like, dtype, loss_weights,
+        f_divergence_type, f_alpha_divergence_coef, loss_options,
+    )  # fmt: skip
+    check_references(terms, ref_logps=ref_logps, ref_token_logps=ref_token_logps)
     if (extrapolated_token_logps is None) == (loss == NOISE_AWARE):
         raise ValueError(
             "extrapolated_token_logps: expected a tensor with loss='noise_aware' and None with "
@@ -405,20 +433,47 @@ def pair_loss_head(
         )
     impl = resolve_impl(impl, token_logps.device, dtype)
     cu_seqlens = cu_seqlens.contiguous()
+    if not is_plain(terms):
+        return _composed(
+            token_logps, cu_seqlens, ref_logps, ref_token_logps, mask, weights, terms, impl
+        )
+    objective = terms[0].objective
     if impl == "reference":
         if not torch.compiler.is_compiling():
             _check_spans(cu_seqlens, shape[0])
-        if ref_logps is None:
+        if ref_token_logps is not None:
             ref = sequence_logps_reference(ref_token_logps, cu_seqlens, mask).sums
         return pair_loss_head_reference(
             token_logps, cu_seqlens, ref, extrapolated_token_logps, mask, weights, alpha,
-            threshold, loss, beta, label_smoothing,
+            threshold, objective,
         )  # fmt: skip
+    check_device(objective, impl)
     *outputs, _, is_noisy, confidences = _pair_loss_head(
         token_logps, ref, extrapolated_token_logps, mask, cu_seqlens, weights, alpha, threshold,
-        ref_logps is None, loss, beta, label_smoothing, impl,
+        ref_token_logps is not None, *objective, impl,
     )  # fmt: skip
     return PairLosses(*outputs, *((is_noisy, confidences) if loss == NOISE_AWARE else ()))
+
+
+def check_references(terms: tuple[Term, ...], **given: Tensor | None) -> None:
+    """Check that of two forms of the reference one is given, or at most one if none is needed."""
+    names = [name for name, value in given.items() if value is not None]
+    needed = any(term.objective.row.reference for term in terms)
+    if len(names) == 2 or (needed and not names):
+        got = "both" if names else "neither"
+        raise ValueError(f"{', '.join(given)}: expected exactly one of them, got {got}")
+
+
+def _composed(token_logps, cu_seqlens, ref_logps, ref_token_logps, mask, weights, terms, impl):
+    """Return the losses by way of the sequences' sums: of several rows, or of the whole batch."""
+    spans = {"cu_seqlens": cu_seqlens, "mask": mask, "impl": impl}
+    sums, counts = sequence_logps(token_logps, **spans)
+    if ref_token_logps is not None:
+        ref_logps = sequence_logps(ref_token_logps, **spans).sums
+    pairs = Pairs(sides(sums), sides(ref_logps), counts=sides(counts), weights=weights)
+    found = of_terms(pairs, terms, impl)
+    chosen, rejected = log_ratios(sides(sums.detach()), pairs.reference)
+    return PairLosses(*found, chosen - rejected, sums.detach(), counts)
 
 
 def _check_mask(mask: Tensor | None, token_logps: Tensor) -> Tensor | None:

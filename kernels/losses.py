@@ -1,14 +1,12 @@
-"""The losses, by name: of a scaled margin, and of what a pair's two sequences add up to.
+"""The table of preference losses: small pure functions of a pair's two scores, by name.
 
-``LOSSES`` holds losses of ``z = beta * margin`` and of the label smoothing (a number, or one per
-pair): a value and a derivative in torch, for the chunked path, and a Triton device function that
-returns both, for any kernel that has ``z`` in registers.
-
-``PAIR_LOSSES`` is the table of the ops that see whole pairs, ``pair_loss_head`` and
-``linear_preference_loss``. Its losses depend on each sequence's own policy sum, reference sum and
-number of tokens, and have two derivatives: by the chosen and by the rejected policy sum. A loss of
-the margin is the case where these are opposite, and every row of ``LOSSES`` has a row here.
-A new loss is a new row; nothing else names a loss.
+A *score* says how much a model likes a sequence: the policy's log-prob over the reference's, in
+nats, or f' of that ratio under another f-divergence (``divergences.py``), or the policy's log-prob
+alone; of the whole sequence, or per token. A row of ``LOSSES`` says which, and gives the loss of
+the chosen score a and the rejected score b, its two derivatives, a Triton device function that
+returns all three, and the paper. Every op and every implementation of it goes through this table;
+a new loss is a new row, and nothing else names one. The functions are in ``loss_rows.py``; sums of
+rows, and losses that compare a whole batch, in ``preference_loss.py``.
 """
 
 from __future__ import annotations
@@ -18,173 +16,342 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import jit, log1p, tl
-
-# Losses of a scaled margin.
-
-
-class Loss(NamedTuple):
-    """A loss of the scaled margin ``z``, its derivative by ``z``, and where it comes from."""
-
-    value: Callable[[Tensor, float | Tensor], Tensor]
-    slope: Callable[[Tensor, float | Tensor], Tensor]
-    device: Callable
-    source: str
-
-
-def scaled(weight: float | Tensor, values: Tensor) -> Tensor:
-    """Return ``weight * values``, where a weight of 0 makes 0 of an infinity too."""
-    if isinstance(weight, Tensor):
-        return (weight * values).masked_fill(weight == 0, 0)
-    return weight * values if weight else torch.zeros_like(values)
-
-
-def sigmoid_value(z: Tensor, label_smoothing: float | Tensor) -> Tensor:
-    """Return ``-(1 - e) * log sigmoid(z) - e * log sigmoid(-z)``, e the label smoothing.
-
-    As ``log(1 + exp(-|z|)) + (e * z if z > 0 else (e - 1) * z)``: the same, with nothing that
-    cancels, not even infinities, and exactly log 2 at ``z = 0`` for every e.
-    """
-    positive = z > 0  # and not relu and abs, whose derivatives at 0 are those of neither side
-    size = torch.where(positive, z, -z)
-    tilt = scaled(label_smoothing, size.masked_fill(~positive, 0))
-    tilt = tilt + scaled(1 - label_smoothing, size.masked_fill(positive, 0))
-    return tilt - F.logsigmoid(size)
-
-
-def sigmoid_slope(z: Tensor, label_smoothing: float | Tensor) -> Tensor:
-    """Return the derivative of ``sigmoid_value`` by ``z``."""
-    return label_smoothing - (-z).sigmoid()
-
-
-@jit
-def sigmoid_device(z, label_smoothing):
-    """Return the value and the slope of the sigmoid loss."""
-    tail = tl.exp(-tl.abs(z))
-    # A weight of 0 must not turn an infinite margin into 0 * inf.
-    flip = tl.where(label_smoothing == 0.0, 0.0, label_smoothing * tl.maximum(z, 0.0))
-    keep = tl.where(label_smoothing == 1.0, 0.0, (1.0 - label_smoothing) * tl.maximum(-z, 0.0))
-    value = log1p(tail) + (flip + keep)
-    slope = label_smoothing - tl.where(z >= 0.0, tail, 1.0) / (1.0 + tail)
-    return value, slope
-
-
-@jit
-def confidence_device(z):
-    """Return sigmoid(z) with no overflow, SPA's confidence in a label."""
-    tail = tl.exp(-tl.abs(z))
-    return tl.where(z >= 0.0, 1.0, tail) / (1.0 + tail)
-
-
-LOSSES: dict[str, Loss] = {
-    "sigmoid": Loss(
-        sigmoid_value,
-        sigmoid_slope,
-        sigmoid_device,
-        "DPO, arXiv 2305.18290, equation 7; label smoothing (cDPO): Mitchell, "
-        '"A note on DPO with noisy preferences" (2023)',
-    ),
-}
-
-
-# Losses of a pair's two sequences.
-
-
-class Side(NamedTuple):
-    """The chosen or the rejected sequences of B pairs: ``[B]`` each, in nats and in tokens."""
-
-    policy: Tensor
-    reference: Tensor
-    counts: Tensor
+from . import loss_rows as rows
+from ._common import jit, tl
+from .divergences import DIVERGENCES
+from .loss_rows import Number
 
 
 class PairLoss(NamedTuple):
-    """A loss of two sequences, and its derivatives by the policy's sum of each.
+    """A loss of a pair's two scores, its derivatives, what it takes and where it comes from.
 
-    ``value(chosen, rejected, beta, label_smoothing)`` takes two ``Side``s and returns ``[B]``;
-    autograd goes through it in the reference. ``slopes`` takes the same and returns two ``[B]``.
-    ``device(pc, rc, nc, pr, rr, nr, beta, label_smoothing, INNER)`` is Triton's: policy sum,
-    reference sum (float32) and tokens (int64) of the chosen and of the rejected sequence; it
-    returns value, chosen and rejected slope. ``INNER`` is the row's ``inner``, a device function
-    that it builds on, or None. Weights are multiplied outside.
+    ``value(a, b, beta, label_smoothing, extra)`` returns ``[B]``, autograd goes through it in the
+    reference; ``slopes`` takes the same and returns two ``[B]``, by a and by b.
+    ``device(a, b, beta, label_smoothing, extra, INNER)`` is Triton's and returns all three;
+    ``inner``, a device function that it builds on, or None. A row without one runs everywhere but
+    in Triton. Weights are multiplied outside.
     """
 
-    value: Callable[[Side, Side, float, float | Tensor], Tensor]
-    slopes: Callable[[Side, Side, float, float | Tensor], tuple[Tensor, Tensor]]
-    device: Callable
-    inner: Callable | None
+    value: Callable[[Tensor, Tensor, Number, Number, float], Tensor]
+    slopes: Callable[[Tensor, Tensor, Number, Number, float], tuple[Tensor, Tensor]]
+    device: Callable | None
     source: str
-
-
-def sides(sums: Tensor, reference: Tensor, counts: Tensor) -> tuple[Side, Side]:
-    """Return the chosen and the rejected sequences of ``[2B]`` sums and counts in turn."""
-    both = (x.view(-1, 2).unbind(-1) for x in (sums, reference, counts))
-    chosen, rejected = zip(*both, strict=True)
-    return Side(*chosen), Side(*rejected)
-
-
-def margins_of(chosen: Side, rejected: Side) -> Tensor:
-    """Return how much further the policy prefers each chosen sequence than the reference does."""
-    return (chosen.policy - chosen.reference) - (rejected.policy - rejected.reference)
+    inner: Callable | None = None
+    reference: bool = True
+    """Whether a score is against the reference; else it is the policy's log-prob."""
+    per_token: bool = False
+    """Whether a score is divided by the sequence's tokens."""
+    divergence: bool = False
+    """Whether the paper's loss has a form for other f-divergences."""
+    smoothing: str | None = None
+    """Which label smoothings it takes: ``"any"`` up to 1/2, ``"positive"``, ``"below 1/2"``."""
+    extra: tuple[str, float] | None = None
+    """Name and default of the number that it takes besides, in ``loss_options``; not below 0."""
 
 
 @jit
-def margin_device(pc, rc, nc, pr, rr, nr, beta, label_smoothing, INNER: tl.constexpr):
-    """Return a margin loss and its two slopes, which are opposite."""
-    value, slope = INNER(beta * ((pc - rc) - (pr - rr)), label_smoothing)
+def margin_device(a, b, beta, label_smoothing, extra, INNER: tl.constexpr):
+    """Return a loss of the scaled margin and its two slopes, which are opposite."""
+    value, slope = INNER(beta * (a - b), beta, label_smoothing, extra)
     slope *= beta
     return value, slope, -slope
 
 
-def margin_loss(loss: Loss) -> PairLoss:
-    """Return a loss of the scaled margin as one of a pair's sequences."""
+def _of_margin(value: Callable, slope: Callable, device: Callable, source: str, **takes):
+    """Return the row of a loss of ``z = beta * (a - b)``."""
 
-    def value(chosen, rejected, beta, label_smoothing):
-        return loss.value(beta * margins_of(chosen, rejected), label_smoothing)
+    def of_scores(a, b, beta, label_smoothing, extra):
+        return value(beta * (a - b), beta, label_smoothing, extra)
 
-    def slopes(chosen, rejected, beta, label_smoothing):
-        slope = beta * loss.slope(beta * margins_of(chosen, rejected), label_smoothing)
-        return slope, -slope
+    def slopes(a, b, beta, label_smoothing, extra):
+        turn = beta * slope(beta * (a - b), beta, label_smoothing, extra)
+        return turn, -turn
 
-    return PairLoss(value, slopes, margin_device, loss.device, loss.source)
+    return PairLoss(of_scores, slopes, margin_device, source, inner=device, **takes)
 
 
-PAIR_LOSSES: dict[str, PairLoss] = {name: margin_loss(loss) for name, loss in LOSSES.items()}
+_SIGMOID = rows.sigmoid_value, rows.sigmoid_slope, rows.sigmoid_device
+_HINGE = rows.hinge_value, rows.hinge_slope, rows.hinge_device
+_CDPO = 'cDPO: Mitchell, "A note on DPO with noisy preferences" (2023)'
+
+LOSSES: dict[str, PairLoss] = {
+    # Of the scaled margin of log-ratios
+    "sigmoid": _of_margin(
+        *_SIGMOID,
+        f"DPO, arXiv 2305.18290, equation 7; with label smoothing {_CDPO}",
+        divergence=True,
+        smoothing="any",
+    ),
+    "cdpo": _of_margin(*_SIGMOID, _CDPO, divergence=True, smoothing="positive"),
+    "hinge": _of_margin(
+        *_HINGE,
+        "RSO, arXiv 2309.06657, the hinge-norm loss; SLiC's on log-ratios",
+        divergence=True,
+        extra=("hinge_margin", 1.0),
+    ),
+    "robust": _of_margin(
+        rows.robust_value,
+        rows.robust_slope,
+        rows.robust_device,
+        "rDPO, arXiv 2403.00409, the de-biased loss of section 3",
+        divergence=True,
+        smoothing="below 1/2",
+    ),
+    "exo_pair": _of_margin(
+        rows.exo_value,
+        rows.exo_slope,
+        rows.exo_device,
+        "EXO, arXiv 2402.00856, equation 16",
+        divergence=True,
+        smoothing="positive",
+    ),
+    "discopop": _of_margin(
+        rows.discopop_value,
+        rows.discopop_slope,
+        rows.discopop_device,
+        "DiscoPOP (log-ratio modulated loss), arXiv 2406.08414, equation 5",
+        divergence=True,
+        extra=("discopop_tau", 0.05),
+    ),
+    # Of the margin of log-ratios per token
+    "ipo": _of_margin(
+        rows.squared_value,
+        rows.squared_slope,
+        rows.squared_device,
+        "IPO, arXiv 2310.12036, equation 17, per token as its authors report it",
+        divergence=True,
+        per_token=True,
+    ),
+    "sigmoid_norm": _of_margin(
+        *_SIGMOID,
+        "length-normalised DPO: Tulu 3, arXiv 2411.15124, equation 6",
+        divergence=True,
+        per_token=True,
+        smoothing="any",
+    ),
+    # Of the two log-ratios
+    "nca_pair": PairLoss(
+        rows.nca_value, rows.nca_slopes, rows.nca_device, "NCA, arXiv 2402.05369, for two responses"
+    ),
+    "bco_pair": PairLoss(
+        rows.bco_value,
+        rows.bco_slopes,
+        rows.bco_device,
+        "BCO, arXiv 2404.04656, on pairs and without its reward shift",
+    ),
+    "sppo_hard": PairLoss(
+        rows.sppo_value,
+        rows.sppo_slopes,
+        rows.sppo_device,
+        "SPPO, arXiv 2405.00675, equation 4.7 with win probabilities 1 and 0",
+    ),
+    "apo_zero": PairLoss(
+        rows.apo_zero_value,
+        rows.apo_zero_slopes,
+        rows.apo_zero_device,
+        "APO-zero, arXiv 2408.06266, equation 7",
+    ),
+    "apo_down": PairLoss(
+        rows.apo_down_value,
+        rows.apo_down_slopes,
+        rows.apo_down_device,
+        "APO-down, arXiv 2408.06266, equation 8",
+    ),
+    # Of the policy alone
+    "policy_sigmoid": _of_margin(
+        *_SIGMOID,
+        "CPO's preference term, arXiv 2401.08417",
+        reference=False,
+        smoothing="any",
+    ),
+    "simpo": _of_margin(
+        rows.simpo_value,
+        rows.simpo_slope,
+        rows.simpo_device,
+        "SimPO, arXiv 2405.14734, equation 6",
+        reference=False,
+        per_token=True,
+        smoothing="any",
+        extra=("simpo_gamma", 0.5),
+    ),
+    "policy_hinge": _of_margin(
+        *_HINGE,
+        "SLiC-HF's calibration term, arXiv 2305.10425",
+        reference=False,
+        extra=("slic_delta", 1.0),
+    ),
+    "odds_ratio": PairLoss(
+        rows.odds_ratio_value,
+        rows.odds_ratio_slopes,
+        rows.odds_ratio_device,
+        "ORPO's odds ratio, arXiv 2403.07691, equation 7; beta is its lambda",
+        reference=False,
+        per_token=True,
+    ),
+    "rank": PairLoss(
+        rows.rank_value,
+        rows.rank_slopes,
+        rows.rank_device,
+        "RRHF's ranking of two responses, arXiv 2304.05302, equation 3",
+        reference=False,
+        per_token=True,
+    ),
+    "nll": PairLoss(
+        rows.nll_value,
+        rows.nll_slopes,
+        rows.nll_device,
+        "negative log-likelihood of the chosen sequence, a sum over its tokens",
+        reference=False,
+    ),
+}
+
+
+class Objective(NamedTuple):
+    """A row of the table with its numbers; ``divergence`` and its ``power`` are resolved names."""
+
+    loss: str
+    beta: float
+    label_smoothing: float = 0.0
+    extra: float = 0.0
+    divergence: str = "reverse_kl"
+    power: float = 0.0
+
+    @property
+    def row(self) -> PairLoss:
+        """The row of ``LOSSES``."""
+        return LOSSES[self.loss]
+
+
+# From sums to scores, in torch and in Triton
+
+
+def scores(
+    objective: Objective, policy: Tensor, reference: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return scores and their derivative by the policy's sums (None: 1); autograd goes through."""
+    row = objective.row
+    values, slopes = policy, None
+    if row.reference:
+        assert reference is not None
+        values = values - reference
+        if objective.divergence != "reverse_kl":
+            divergence = DIVERGENCES[objective.divergence]
+            slopes = divergence.slope(values.detach(), objective.power)
+            values = divergence.value(values, objective.power)
+    if row.per_token:
+        assert counts is not None
+        counts = counts.clamp(min=1).to(values.dtype)
+        values, slopes = values / counts, (1 if slopes is None else slopes) / counts
+    return values, slopes
+
+
+@jit
+def score_device(
+    policy,
+    reference,
+    count,
+    power,
+    REFERENCE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """Return a sequence's score and its derivative by the policy's sum."""
+    value = policy
+    if REFERENCE:
+        value = policy - reference
+    slope = 1.0
+    if DIVERGENCE is not None:
+        value, slope = DIVERGENCE(value, power)
+    if PER_TOKEN:
+        tokens = tl.maximum(count, 1).to(tl.float32)
+        value = value / tokens
+        slope = slope / tokens
+    return value, slope
+
+
+def device_options(objective: Objective) -> dict[str, object]:
+    """Return the constexprs that make a kernel one of this row: its functions and its score."""
+    row = objective.row
+    other = objective.divergence != "reverse_kl"
+    return {
+        "REFERENCE": row.reference,
+        "PER_TOKEN": row.per_token,
+        "DIVERGENCE": DIVERGENCES[objective.divergence].device if other else None,
+        "LOSS": row.device,
+        "INNER": row.inner,
+    }
+
+
+# What the ops make of a table's row
 
 
 class PairValues(NamedTuple):
-    """What a head makes of its sums: ``[B]`` each, but for the slopes of the 2B sequences."""
+    """What an op makes of B pairs' sums: ``[B]`` each, slopes by the policy's two sums."""
 
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     margins: Tensor
-    slopes: Tensor
+    chosen_slopes: Tensor
+    rejected_slopes: Tensor
 
 
 def pair_values(
-    loss: str,
-    sums: Tensor,
-    reference: Tensor,
-    counts: Tensor,
-    beta: float,
-    label_smoothing: float | Tensor,
+    objective: Objective,
+    policy: Sequence[Tensor],
+    reference: Sequence[Tensor | None],
+    counts: Sequence[Tensor | None],
+    label_smoothing: Number,
     weights: Tensor | None,
+    beta: Number | None = None,
 ) -> PairValues:
-    """Return losses, statistics, and the losses' derivative by each of the ``[2B]`` sums."""
-    row, pair = PAIR_LOSSES[loss], sides(sums, reference, counts)
-    losses = row.value(*pair, beta, label_smoothing)
-    slopes = torch.stack(row.slopes(*pair, beta, label_smoothing), -1)
+    """Return losses, statistics and slopes of ``(chosen, rejected)`` sums, ``[B]`` each.
+
+    ``label_smoothing``, and ``beta`` if given, stand in the place of the objective's numbers.
+    """
+    row, beta = objective.row, objective.beta if beta is None else beta
+    (a, turn_a), (b, turn_b) = (
+        scores(objective, *side) for side in zip(policy, reference, counts, strict=True)
+    )
+    numbers = beta, label_smoothing, objective.extra
+    losses, slopes = row.value(a, b, *numbers), row.slopes(a, b, *numbers)
+    slope_c, slope_r = (
+        slope if turn is None else slope * turn
+        for slope, turn in zip(slopes, (turn_a, turn_b), strict=True)
+    )
     if weights is not None:
-        losses, slopes = weights * losses, weights[:, None] * slopes
-    rewards = (beta * (side.policy - side.reference) for side in pair)
-    return PairValues(losses, *rewards, margins_of(*pair), slopes.flatten())
+        losses, slope_c, slope_r = weights * losses, weights * slope_c, weights * slope_r
+    chosen, rejected = log_ratios(policy, reference)
+    return PairValues(losses, beta * chosen, beta * rejected, chosen - rejected, slope_c, slope_r)
 
 
-# From tokens to sums, and back.
+def log_ratios(policy: Sequence[Tensor], reference: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the log-ratios of both sequences, or the policy's sums where there is no reference."""
+    return [p if r is None else p - r for p, r in zip(policy, reference, strict=True)]
+
+
+def sides(values: Tensor | None) -> tuple:
+    """Return the chosen and the rejected ones of ``[2B]`` in turn, or two None."""
+    return (None, None) if values is None else values.view(-1, 2).unbind(-1)
+
+
+def pair_slopes(
+    objective: Objective,
+    sums: Tensor,
+    reference: Tensor | None,
+    counts: Tensor,
+    weights: Tensor | None,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return losses and both rewards, and the losses' derivative by each of the ``[2B]`` sums."""
+    found = pair_values(
+        objective, sides(sums), sides(reference), sides(counts), objective.label_smoothing, weights
+    )
+    return found[:3], torch.stack(found[4:], -1).flatten()
+
+
+# From tokens to sums, and back
 
 
 def sequence_sums(values: Tensor, ends: Sequence[int]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _pair_losses
 from ._common import check_number, compute_dtype, resolve_impl
+from .losses import Objective
 from .preference_loss import preference_loss_reference
 
 
@@ -50,16 +51,12 @@ def noise_aware_loss_reference(
     rejected = extrapolated_rejected_logps - reference_rejected_logps
     confidences = (beta * (chosen - rejected)).detach().sigmoid()
     is_noisy = confidences < threshold
-    pairs = (
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-    )
+    policy = policy_chosen_logps, policy_rejected_logps
+    reference = reference_chosen_logps, reference_rejected_logps
     smoothing = is_noisy.to(confidences.dtype) * alpha
-    return NoiseAwareLoss(
-        *preference_loss_reference(*pairs, beta, smoothing, weights), is_noisy, confidences
-    )
+    pairs = _pair_losses.Pairs(policy, reference, weights=weights)
+    found = preference_loss_reference(pairs, Objective("sigmoid", beta), smoothing)
+    return NoiseAwareLoss(*found, is_noisy, confidences)
 
 
 @torch.library.custom_op("prefalign::noise_aware_loss", mutates_args=())
@@ -75,21 +72,20 @@ def _noise_aware_loss(
     threshold: Tensor,
     beta: float,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pairs = (
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pairs = _pair_losses.Pairs(
+        (policy_chosen_logps, policy_rejected_logps),
+        (reference_chosen_logps, reference_rejected_logps),
+        (extrapolated_chosen_logps, extrapolated_rejected_logps),
+        weights=weights,
     )
-    extrapolated = extrapolated_chosen_logps, extrapolated_rejected_logps
-    scalars = alpha, threshold
-    return _pair_losses.forward(pairs, extrapolated, weights, "sigmoid", beta, 0.0, scalars, impl)
+    return _pair_losses.forward(pairs, Objective("sigmoid", beta), (alpha, threshold), impl)
 
 
 @_noise_aware_loss.register_fake
 def _(pc, pr, rc, rr, ec, er, weights, alpha, threshold, beta, impl):
-    return tuple(_pair_losses.allocate_noisy(pc, pr, rc, rr, ec, er, weights))
+    pairs = _pair_losses.Pairs((pc, pr), (rc, rr), (ec, er), weights=weights)
+    return tuple(_pair_losses.allocate(pairs))
 
 
 _noise_aware_loss.register_autograd(_pair_losses.backward, setup_context=_pair_losses.setup_context)
@@ -184,7 +180,7 @@ def noise_aware_loss(
     threshold = _pair_losses.check_scalar("threshold", threshold, like, dtype)
     if impl == "reference":
         return noise_aware_loss_reference(*inputs, beta, alpha, threshold, weights)
-    losses, chosen_rewards, rejected_rewards, _, is_noisy, confidences = _noise_aware_loss(
+    *found, _, _, is_noisy, confidences = _noise_aware_loss(
         *inputs, weights, alpha, threshold, beta, impl
     )
-    return NoiseAwareLoss(losses, chosen_rewards, rejected_rewards, is_noisy, confidences)
+    return NoiseAwareLoss(*found, is_noisy, confidences)

@@ -213,7 +213,7 @@ def opcheck_samples(device, impl):
         ),
         "preference_loss": (
             ops.preference_loss,
-            (c, r, a, b, w, "sigmoid", 0.1, 0.2, impl),
+            (c, r, a, b, lengths, lengths, w, a, "ipo", 0.1, 0.0, 0.0, "js_divergence", 0.0, impl),
         ),
         "noise_aware_loss": (
             ops.noise_aware_loss,

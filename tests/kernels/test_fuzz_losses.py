@@ -30,7 +30,7 @@ from prefalign.kernels import _loss_heads_triton, pair_plan
 from prefalign.kernels.linear_preference_loss import linear_preference_loss
 from prefalign.kernels.linear_token_logps import linear_token_logps
 from prefalign.kernels.loss_heads import pair_loss_head
-from prefalign.kernels.losses import PAIR_LOSSES
+from prefalign.kernels.losses import LOSSES
 from prefalign.kernels.pair_plan import plan_pairs
 from prefalign.kernels.plan import plan_head
 from prefalign.kernels.sequence_logps import sequence_logps
@@ -50,7 +50,7 @@ def announce(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def lopsided():
-    with mock.patch.dict(PAIR_LOSSES, {"lopsided": LOPSIDED}):
+    with mock.patch.dict(LOSSES, {"lopsided": LOPSIDED}):
         yield
 
 

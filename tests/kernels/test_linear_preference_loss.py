@@ -9,7 +9,7 @@ from pair_losses import LOPSIDED
 from prefalign.kernels import pair_plan
 from prefalign.kernels.linear_preference_loss import linear_preference_loss
 from prefalign.kernels.linear_token_logps import linear_token_logps
-from prefalign.kernels.losses import PAIR_LOSSES
+from prefalign.kernels.losses import LOSSES
 from prefalign.kernels.pair_plan import plan_pairs
 from prefalign.kernels.plan import plan_head
 from prefalign.kernels.preference_loss import preference_loss
@@ -121,7 +121,7 @@ def test_values_and_gradients(impl, dtype, variant, reduction, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_loss_of_each_sequence_by_itself(impl, budget, reduction, device, monkeypatch):
     # Ignored rows must not count: its slopes depend on the lengths, and are not opposite.
-    monkeypatch.setitem(PAIR_LOSSES, "lopsided", LOPSIDED)
+    monkeypatch.setitem(LOSSES, "lopsided", LOPSIDED)
     given = example(device)
     plan = dataclasses.replace(plan_head(28, 61, 12, weight_grad=True), budget_bytes=budget)
     for needs in ("h", "hwb"):
@@ -339,7 +339,8 @@ def test_compiles_whole(options, needs, device):
 def test_opcheck(device):
     given = example(device)
     hidden, weight = (given[k].requires_grad_() for k in ("hidden", "weight"))
-    tail = (given["weights"], 1.0, None, 1.0, -100, "sigmoid", 0.1, 0.0, "hw", 0, 0, 0)
+    tail = (given["weights"], 1.0, None, 1.0, -100, "sigmoid", 0.1, 0.0)
+    tail += (0.0, "reverse_kl", 0.0, "hw", 0, 0, 0)
     refs = (None, given["ref_hidden"], None, None)
     torch.library.opcheck(
         torch.ops.prefalign.linear_preference_loss.default,
@@ -373,14 +374,14 @@ BAD = {
     },
     r"ref_logps: expected shape \(4,\), got \(6,\)": {"ref_logps": torch.zeros(6)},
     "ref_logps: expected a constant": {"ref_logps": torch.zeros(4, requires_grad=True)},
-    "ref_weight: expected None with ref_logps": {"ref_weight": torch.zeros(5, 3)},
+    "ref_weight: expected None without ref_hidden": {"ref_weight": torch.zeros(5, 3)},
     r"ref_hidden: expected shape \(6, 3\)": {"ref_logps": None, "ref_hidden": torch.zeros(4, 3)},
     r"hidden: expected 2 dimension\(s\)": {"hidden": torch.zeros(2, 3, 3)},
     r"cu_seqlens: expected \[2B \+ 1\]": {"cu_seqlens": torch.tensor([0, 6])},
     "cu_seqlens: expected to rise": {"cu_seqlens": torch.tensor([0, 1, 2, 3, 5])},
     "targets: expected labels": {"targets": torch.tensor([0, 1, 2, 9, 1, 1])},
     "weight: expected shape": {"weight": torch.zeros(5, 4)},
-    "loss: expected one of": {"loss": "hinge"},
+    "loss: expected one of": {"loss": "hinges"},
     "reduction: expected one of 'none', 'mean', got 'sum'": {"reduction": "sum"},
     "beta: expected a number above 0": {"beta": -1.0},
     "softcap: expected a number above 0": {"softcap": 0.0},

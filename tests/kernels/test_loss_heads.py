@@ -8,8 +8,9 @@ from crosscompile import TARGETS, compile_kernel
 from pair_losses import LOPSIDED
 from prefalign.kernels import _loss_heads_triton as kernels
 from prefalign.kernels.loss_heads import pair_loss_head
-from prefalign.kernels.losses import PAIR_LOSSES
+from prefalign.kernels.losses import LOSSES, Objective, device_options
 from prefalign.kernels.noise_aware_loss import noise_aware_loss
+from prefalign.kernels.objectives import loss_names
 from prefalign.kernels.preference_loss import preference_loss
 from prefalign.kernels.sequence_logps import BLOCK_T, sequence_logps
 from tolerance import assert_as_exact_as_eager
@@ -95,7 +96,7 @@ def test_values_and_gradients(impl, dtype, lengths, options, device):
 @pytest.mark.parametrize("options", [{}, {"masked": True, "weighted": True, "refs": "tokens"}])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_loss_of_each_sequence_by_itself(impl, options, device, monkeypatch):
-    monkeypatch.setitem(PAIR_LOSSES, "lopsided", LOPSIDED)
+    monkeypatch.setitem(LOSSES, "lopsided", LOPSIDED)
     given = example(LENGTHS["ragged"], device)
     out, grad = run(given, impl, loss="lopsided", **options)
     eager, eager_grad = run(given, "reference", loss="lopsided", **options)
@@ -107,12 +108,14 @@ def test_a_loss_of_each_sequence_by_itself(impl, options, device, monkeypatch):
     assert (exact_grad[:5].sum() + exact_grad[5:6].sum()).abs() > 1e-3  # and not opposite
 
 
-@pytest.mark.parametrize("loss", (*PAIR_LOSSES, "noise_aware"))
+@pytest.mark.parametrize("loss", (*loss_names(), "noise_aware"))
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gives_what_the_separate_ops_give(impl, loss, device):
     given = example(LENGTHS["ragged"], device)
     options = {"loss": loss, "refs": "tokens", "masked": True, "weighted": True}
     options |= {"threshold": 0.5, "alpha": 0.3} if loss == "noise_aware" else {}
+    smoothing = {"label_smoothing": 0.1} if loss in ("cdpo", "exo_pair") else {}
+    options |= smoothing
     out, grad = run(given, impl, **options)
     leaf = given["logps"][0].detach().requires_grad_()
     found = [
@@ -124,7 +127,10 @@ def test_gives_what_the_separate_ops_give(impl, loss, device):
         want = noise_aware_loss(*sums, alpha=0.3, threshold=0.5, weights=given["weights"])
         assert torch.equal(out.is_noisy, want.is_noisy)
     else:
-        want = preference_loss(*sums[:4], loss_type=loss, weights=given["weights"])
+        counts = {"chosen_counts": out.counts[0::2], "rejected_counts": out.counts[1::2]}
+        want = preference_loss(
+            *sums[:4], loss_type=loss, weights=given["weights"], **counts, **smoothing
+        )
     assert torch.equal(out.sums, found[0].sums) and torch.equal(out.counts, found[0].counts)
     torch.testing.assert_close(out.losses, want.losses, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(out.chosen_rewards, want.chosen_rewards, rtol=1e-6, atol=1e-7)
@@ -132,7 +138,7 @@ def test_gives_what_the_separate_ops_give(impl, loss, device):
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss", (*PAIR_LOSSES, "noise_aware"))
+@pytest.mark.parametrize("loss", ("sigmoid", "cdpo", "sigmoid_norm", "noise_aware"))
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ln_2_exactly_where_policy_is_reference(impl, loss, device):
     given = example(LENGTHS["ragged"] + LENGTHS["long"], device)
@@ -259,7 +265,7 @@ def test_compiles_whole_and_passes_opcheck(impl, loss, device):
     torch.library.opcheck(
         torch.ops.prefalign.pair_loss_head.default,
         (leaf, ref, beyond if noisy else None, given["mask"], given["cu"], given["weights"],
-         *more, True, loss, 0.1, 0.0, impl),
+         *more, True, "sigmoid", 0.1, 0.0, 0.0, "reverse_kl", 0.0, impl),
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.prefalign.pair_loss_head_backward.default,
@@ -290,7 +296,7 @@ BAD = {
     r"ref_token_logps: expected shape \(6,\)": {"ref_token_logps": torch.zeros(4)},
     r"cu_seqlens: expected \[2B \+ 1\].* got 4": {**SUMS, "cu_seqlens": CU[:4]},
     "cu_seqlens: expected to rise from 0 to the 6 tokens": {**SUMS, "cu_seqlens": CU - 1},
-    "loss: expected one of 'sigmoid'.*, got 'hinge'": {**SUMS, "loss": "hinge"},
+    "loss: expected one of 'sigmoid'.*, got 'hinges'": {**SUMS, "loss": "hinges"},
     "beta: expected a number above 0": {**SUMS, "beta": 0},
     "label_smoothing: expected a number of at most 0.5": {**SUMS, "label_smoothing": 0.7},
     "label_smoothing: expected 0 with loss='noise_aware'": {
@@ -319,12 +325,13 @@ def test_bad_arguments(impl, message):
         pair_loss_head(**given)
 
 
-def forward_kernel(noise, loss):
+def forward_kernel(noise, name):
+    loss = LOSSES[name]
     fn = kernels._forward_kernel
     constexprs = {"REF_TOKENS": noise, "NOISE": noise, "HAS_MASK": noise, "HAS_WEIGHTS": True}
     constexprs |= {
-        "LOSS": loss.device,
-        "INNER": loss.inner,
+        "HAS_REFERENCE": loss.reference,
+        **device_options(Objective(loss=name, beta=0.1)),
         "BLOCK_T": BLOCK_T,
         "stride_l": 1,
         "stride_w": 1,
@@ -336,15 +343,22 @@ def forward_kernel(noise, loss):
 
 
 KERNELS = {
-    "noise_aware": lambda: forward_kernel(True, PAIR_LOSSES["sigmoid"]),
+    "noise_aware": lambda: forward_kernel(True, "sigmoid"),
     "backward": lambda: (kernels._backward_kernel, {"HAS_MASK": True, "BLOCK_T": BLOCK_T}),
-} | {name: lambda loss=loss: forward_kernel(False, loss) for name, loss in PAIR_LOSSES.items()}
+} | {name: lambda name=name: forward_kernel(False, name) for name in LOSSES}
 KINDS = {"cu_ptr": "*i64", "counts_ptr": "*i64", "mask_ptr": "*i1", "is_noisy_ptr": "*i1"}
-KINDS |= {"beta": "fp32", "label_smoothing": "fp32"}
+KINDS |= {name: "fp32" for name in ("beta", "label_smoothing", "extra", "power")}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", KERNELS)
+WHOLE = ("noise_aware", "backward", "sigmoid")
+CASES = [
+    (name, target)
+    for name in KERNELS
+    for target in (TARGETS if name in WHOLE else ("sm_90", "gfx942"))
+]
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
 def test_compiles_without_spills(name, target):
     pytest.importorskip("triton")
     fn, constexprs = KERNELS[name]()

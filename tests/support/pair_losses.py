@@ -1,32 +1,21 @@
-"""A loss of pairs whose two slopes are not opposite and depend on the lengths: what heads allow."""
+"""A loss of pairs whose slopes are not opposite and depend on the lengths: what the table allows."""
 
 from prefalign.kernels._common import jit, tl
 from prefalign.kernels.losses import PairLoss
 
 
-def _means(side):
-    counts = side.counts.clamp(min=1)
-    return (side.policy - side.reference) / counts, counts
+def lopsided_value(a, b, beta, label_smoothing, extra):
+    return 0.5 * (beta * a - 1).square() + beta * a * b - 0.3 * b
 
 
-def lopsided_value(chosen, rejected, beta, label_smoothing):
-    (c, _), (r, _) = _means(chosen), _means(rejected)
-    return 0.5 * (beta * c - 1).square() + beta * c * r - 0.3 * r
-
-
-def lopsided_slopes(chosen, rejected, beta, label_smoothing):
-    (c, nc), (r, nr) = _means(chosen), _means(rejected)
-    return beta * (beta * c - 1 + r) / nc, (beta * c - 0.3) / nr
+def lopsided_slopes(a, b, beta, label_smoothing, extra):
+    return beta * (beta * a - 1 + b), beta * a - 0.3
 
 
 @jit
-def lopsided_device(pc, rc, nc, pr, rr, nr, beta, label_smoothing, INNER: tl.constexpr):
-    nc = tl.maximum(nc, 1).to(tl.float32)
-    nr = tl.maximum(nr, 1).to(tl.float32)
-    c = (pc - rc) / nc
-    r = (pr - rr) / nr
-    value = 0.5 * (beta * c - 1.0) * (beta * c - 1.0) + beta * c * r - 0.3 * r
-    return value, beta * (beta * c - 1.0 + r) / nc, (beta * c - 0.3) / nr
+def lopsided_device(a, b, beta, label_smoothing, extra, INNER: tl.constexpr):
+    value = 0.5 * (beta * a - 1.0) * (beta * a - 1.0) + beta * a * b - 0.3 * b
+    return value, beta * (beta * a - 1.0 + b), beta * a - 0.3
 
 
-LOPSIDED = PairLoss(lopsided_value, lopsided_slopes, lopsided_device, None, "this file")
+LOPSIDED = PairLoss(lopsided_value, lopsided_slopes, lopsided_device, "this file", per_token=True)
