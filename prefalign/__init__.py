@@ -16,8 +16,14 @@ _HOMES = {
     "linear_token_logps": "kernels.linear_token_logps",
     "HeadAdapter": "kernels.head_adapter",
     "linear_token_logps_triple": "kernels.linear_token_logps_triple",
+    "linear_token_kl": "kernels.linear_token_kl",
     "sequence_logps": "kernels.sequence_logps",
+    "length_desensitized_weights": "kernels.token_weights",
+    "wpo_weights": "kernels.token_weights",
     "preference_loss": "kernels.preference_loss",
+    "tdpo_loss": "kernels.tdpo_loss",
+    "dr_dpo_mean": "kernels.reductions",
+    "DynamicBeta": "kernels.dynamic_beta",
     "noise_aware_loss": "kernels.noise_aware_loss",
     "unpaired_loss": "kernels.unpaired_loss",
     "kl_baseline": "kernels.unpaired_losses",
@@ -25,6 +31,7 @@ _HOMES = {
     "enhancement_loss": "kernels.enhancement_loss",
     "released_weights": "kernels.enhancement_loss",
     "pairwise_preference_logits": "kernels.pairwise_preference_logits",
+    "rrhf_loss": "kernels.rrhf_loss",
     "pair_loss_head": "kernels.loss_heads",
     "linear_preference_loss": "kernels.linear_preference_loss",
     "plan_pairs": "kernels.linear_preference_loss",
@@ -49,8 +56,14 @@ __all__ = [
     "linear_token_logps",
     "HeadAdapter",
     "linear_token_logps_triple",
+    "linear_token_kl",
     "sequence_logps",
+    "length_desensitized_weights",
+    "wpo_weights",
     "preference_loss",
+    "tdpo_loss",
+    "dr_dpo_mean",
+    "DynamicBeta",
     "noise_aware_loss",
     "unpaired_loss",
     "kl_baseline",
@@ -58,6 +71,7 @@ __all__ = [
     "enhancement_loss",
     "released_weights",
     "pairwise_preference_logits",
+    "rrhf_loss",
     "pair_loss_head",
     "linear_preference_loss",
     "plan_pairs",
@@ -79,9 +93,11 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import UserError
     from .judging import Judgement, judge
+    from .kernels.dynamic_beta import DynamicBeta
     from .kernels.enhancement_loss import enhancement_loss, released_weights
     from .kernels.head_adapter import HeadAdapter
     from .kernels.linear_preference_loss import linear_preference_loss, plan_pairs
+    from .kernels.linear_token_kl import linear_token_kl
     from .kernels.linear_token_logps import linear_token_logps
     from .kernels.linear_token_logps_triple import linear_token_logps_triple
     from .kernels.loss_heads import pair_loss_head
@@ -89,8 +105,12 @@ if TYPE_CHECKING:
     from .kernels.pairwise_preference_logits import pairwise_preference_logits
     from .kernels.plan import HeadPlan, plan_head
     from .kernels.preference_loss import preference_loss
+    from .kernels.reductions import dr_dpo_mean
+    from .kernels.rrhf_loss import rrhf_loss
     from .kernels.sequence_logps import sequence_logps
+    from .kernels.tdpo_loss import tdpo_loss
     from .kernels.token_logps import token_logps
+    from .kernels.token_weights import length_desensitized_weights, wpo_weights
     from .kernels.unpaired_loss import unpaired_loss
     from .kernels.unpaired_losses import RunningShift, kl_baseline
     from .logp_cache import LogpCache
