@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import differentiable
 from ._common import (
     INTEGERS,
     check_choice,
@@ -214,7 +214,6 @@ def _setup_context(ctx, inputs, output):
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
 
-@once_differentiable
 def _backward(ctx, grad_losses, *_):
     plain = guided = None
     if grad_losses is not None:
@@ -224,7 +223,7 @@ def _backward(ctx, grad_losses, *_):
     return plain, guided, *[None] * 9
 
 
-_enhancement_loss.register_autograd(_backward, setup_context=_setup_context)
+_enhancement_loss = differentiable(_enhancement_loss, _backward, _setup_context)
 
 
 def check_forms(ranking: str, sft: str) -> None:

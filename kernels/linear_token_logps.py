@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _linear_chunked, _linear_triton
+from ._autograd import differentiable, wants_grad
 from ._common import (
     FLOATS,
     INTEGERS,
@@ -272,10 +273,9 @@ def _setup_context(ctx, inputs, output):
     logps, lse, entropy, mean_logits, is_top1, log_sum_sq_probs, norm, J, J_low = output
     ctx.strategy = inputs[9]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, mean_logits, is_top1, log_sum_sq_probs, norm, J, J_low)
     has_entropy = "entropy" in inputs[8].split(",")
-    if not has_entropy:
-        ctx.mark_non_differentiable(entropy)
+    fixed = (lse, mean_logits, is_top1, log_sum_sq_probs, norm, J, J_low)
+    ctx.mark_non_differentiable(*fixed, *(() if has_entropy else (entropy,)))
     if ctx.strategy == "recompute" or has_entropy:
         ctx.save_for_backward(hidden, weight, targets, bias, norm, entropy, J, J_low, low, up)
     else:
@@ -310,7 +310,7 @@ def _backward(ctx, grad_logps, _lse, grad_entropy, *_others):
     return dh, dw, None, db, *none, dlow, dup
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = differentiable(_op, _backward, _setup_context)
 
 
 def check_head(
@@ -363,8 +363,8 @@ def choose_strategy(
     if adapter is not None:
         rows.append(adapter.a)
         entries.append(adapter.b)
-    hidden_grad = grad and any(x.requires_grad for x in rows)
-    weight_grad = grad and any(x is not None and x.requires_grad for x in entries)
+    hidden_grad = grad and any(map(wants_grad, rows))
+    weight_grad = grad and any(map(wants_grad, entries))
     strategy = head_strategy(hidden_grad, weight_grad)
     if plan is None:
         return strategy, [0, 0, 0]

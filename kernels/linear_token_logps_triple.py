@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._autograd import differentiable
 from ._common import check_labels, check_number, check_tensor, resolve_impl
 from ._head_math import Head, Reference
 from .linear_token_logps import (
@@ -127,7 +128,7 @@ def _backward(ctx, grad, *_others):
     return dh if need_h else None, dw if need_w else None, None, db if need_b else None, *none
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = differentiable(_op, _backward, _setup_context)
 
 
 def linear_token_logps_triple(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _pair_losses
+from ._autograd import differentiable
 from ._common import check_number, compute_dtype, resolve_impl
 from .losses import Objective
 from .preference_loss import preference_loss_reference
@@ -88,7 +89,9 @@ def _(pc, pr, rc, rr, ec, er, weights, alpha, threshold, beta, impl):
     return tuple(_pair_losses.allocate(pairs))
 
 
-_noise_aware_loss.register_autograd(_pair_losses.backward, setup_context=_pair_losses.setup_context)
+_noise_aware_loss = differentiable(
+    _noise_aware_loss, _pair_losses.backward, _pair_losses.setup_context
+)
 
 
 def noise_aware_loss(

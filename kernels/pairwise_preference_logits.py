@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autograd import differentiable
 from ._common import (
     INTEGERS,
     check_choice,
@@ -275,7 +276,7 @@ def _backward(ctx, grad_out):
     return grad, *[None] * 7
 
 
-_pairwise_preference_logits.register_autograd(_backward, setup_context=_setup_context)
+_pairwise_preference_logits = differentiable(_pairwise_preference_logits, _backward, _setup_context)
 
 
 def _sizes(

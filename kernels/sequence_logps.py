@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._autograd import differentiable
 from ._common import (
     INTEGERS,
     check_tensor,
@@ -285,7 +286,7 @@ def _backward(ctx, grad_sums, _counts):
     return grad, None, None, None
 
 
-_sequence_logps.register_autograd(_backward, setup_context=_setup_context)
+_sequence_logps = differentiable(_sequence_logps, _backward, _setup_context)
 
 
 def sequence_logps(

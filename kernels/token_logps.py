@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _token_logps_chunked, _token_logps_triton
+from ._autograd import differentiable
 from ._common import (
     INTEGERS,
     check_ignore_index,
@@ -168,7 +169,7 @@ def _backward(ctx, grad_logps, _max, _log_sum, grad_entropy, *_):
     return grad, *[None] * 6
 
 
-_token_logps.register_autograd(_backward, setup_context=_setup_context)
+_token_logps = differentiable(_token_logps, _backward, _setup_context)
 
 
 def token_logps(
