@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import differentiable
 from ._common import (
     check_choice,
     check_number,
@@ -223,7 +223,6 @@ def _setup_context(ctx, inputs, output):
     ctx.dtype, ctx.constants = inputs[0].dtype, len(inputs) - 1
 
 
-@once_differentiable
 def _backward(ctx, grad_losses, *_):
     grad = None
     if grad_losses is not None and ctx.needs_input_grad[0]:
@@ -231,7 +230,7 @@ def _backward(ctx, grad_losses, *_):
     return grad, *[None] * ctx.constants
 
 
-_unpaired_loss.register_autograd(_backward, setup_context=_setup_context)
+_unpaired_loss = differentiable(_unpaired_loss, _backward, _setup_context)
 
 
 def _check_baseline(
