@@ -232,6 +232,7 @@ def linear_preference_loss(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 1.0,
     loss_options: Mapping[str, float] | None = None,
+    ld_alpha: float | None = None,
     weights: Tensor | None = None,
     extrapolation: float = 0.0,
     alpha: float | Tensor | None = None,
@@ -281,6 +282,7 @@ def linear_preference_loss(
         f_divergence_type: as in ``preference_loss``, default ``"reverse_kl"``. So are the next two.
         f_alpha_divergence_coef: default 1.
         loss_options: default None.
+        ld_alpha: as in ``pair_loss_head``: LD-DPO. Default None.
         weights: [B], float, multiplies the losses. A constant. Default None, all 1.
         extrapolation: SPA's lambda, for ``"noise_aware"``; default 0, where extrapolated and
             policy are one. Any other value needs ``ref_hidden``.
@@ -333,6 +335,7 @@ def linear_preference_loss(
             like, pairs, rewards, threshold, **forms, ref_logps=ref_logps, ref_hidden=ref_hidden,
             ref_weight=ref_weight, ref_bias=ref_bias, weights=weights, alpha=alpha,
             label_smoothing=label_smoothing or None, extrapolation=extrapolation or None,
+            ld_alpha=ld_alpha,
         )  # fmt: skip
         logps = linear_token_logps(
             hidden, weight, targets, bias=bias, logit_scale=head.scale, softcap=head.softcap,
@@ -378,6 +381,7 @@ def linear_preference_loss(
         and impl == "chunked"
         and loss != NOISE_AWARE
         and is_plain(terms)
+        and ld_alpha is None
         and hidden.dtype.itemsize > 2
         and (weight.requires_grad or (bias is not None and bias.requires_grad))
     ):
@@ -415,7 +419,7 @@ def linear_preference_loss(
     out = pair_loss_head(
         policy, cu_seqlens=cu_seqlens, ref_logps=ref_logps, ref_token_logps=ref_tokens,
         extrapolated_token_logps=extrapolated, mask=targets != ignore_index, loss=loss, alpha=alpha,
-        threshold=threshold, weights=weights, impl=impl, **numbers,
+        threshold=threshold, weights=weights, impl=impl, ld_alpha=ld_alpha, **numbers,
     )  # fmt: skip
     losses = out.losses if reduction == "none" else out.losses.sum() / max(1, pairs)
     if loss == NOISE_AWARE:

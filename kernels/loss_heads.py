@@ -50,6 +50,7 @@ from .losses import Objective, log_ratios, pair_values, per_token, sequence_sums
 from .objectives import Term, loss_names, resolve
 from .preference_loss import check_device, of_terms, preference_loss_reference
 from .sequence_logps import _check_spans, sequence_logps, sequence_logps_reference
+from .token_weights import length_desensitized_weights
 
 NOISE_AWARE = "noise_aware"
 
@@ -314,6 +315,7 @@ def pair_loss_head(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 1.0,
     loss_options: Mapping[str, float] | None = None,
+    ld_alpha: float | None = None,
     alpha: float | Tensor | None = None,
     threshold: float | Tensor | None = None,
     weights: Tensor | None = None,
@@ -360,6 +362,8 @@ def pair_loss_head(
         f_divergence_type: as in ``preference_loss``, default ``"reverse_kl"``. So are the next two.
         f_alpha_divergence_coef: default 1.
         loss_options: default None.
+        ld_alpha: LD-DPO's weight, in [0, 1], of tokens past the length of the pair's shorter
+            sequence, in every sum; ``ref_logps`` are taken as they are. Default None, 1.
         alpha: label smoothing of noisy pairs, in [0, 1]: a number, or a 0-dim tensor on the device
             whose value is not checked. Default 0.1. ``"noise_aware"`` alone takes it.
         threshold: a pair is noisy when its confidence is strictly below; in [0, 1], likewise.
@@ -402,6 +406,7 @@ def pair_loss_head(
             like, pairs, rewards, threshold, **forms, ref_logps=ref_logps,
             ref_token_logps=ref_token_logps, extrapolated_token_logps=extrapolated_token_logps,
             alpha=alpha, label_smoothing=label_smoothing or None, weights=weights,
+            ld_alpha=ld_alpha,
         )  # fmt: skip
         mask = _check_mask(mask, token_logps)
         found = enhancement_head(token_logps, rewards, mask, cu_seqlens, *ple, impl)
@@ -433,6 +438,14 @@ def pair_loss_head(
         )
     impl = resolve_impl(impl, token_logps.device, dtype)
     cu_seqlens = cu_seqlens.contiguous()
+    if ld_alpha is not None:
+        of_token = length_desensitized_weights(cu_seqlens, ld_alpha, mask=mask, tokens=shape[0])
+        of_token = of_token.to(dtype if impl != "reference" else token_logps.dtype)
+        token_logps, ref_token_logps, extrapolated_token_logps = (
+            None if x is None else x * of_token
+            for x in (token_logps, ref_token_logps, extrapolated_token_logps)
+        )
+        ref = ref_token_logps if ref_logps is None else ref_logps
     if not is_plain(terms):
         return _composed(
             token_logps, cu_seqlens, ref_logps, ref_token_logps, mask, weights, terms, impl

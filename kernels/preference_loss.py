@@ -233,7 +233,7 @@ def of_terms(pairs: _pair_losses.Pairs, terms: Sequence[Term], impl: str) -> Pre
         matched = _matched(pairs, term.kind)
         out = _of_one(matched, term.objective, impl)
         if term.kind == "sft":
-            tokens = pairs.counts[0].sum().clamp(min=1)
+            tokens = pairs.counts[0].sum().clamp(min=1).to(out.losses.dtype)
             out = out._replace(losses=out.losses * (out.losses.numel() / tokens))
         if matched is pairs:
             rewards = out[1:]
