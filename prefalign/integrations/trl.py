@@ -255,9 +255,9 @@ def _rebound(function: Any, names: dict[str, Any]) -> Callable[..., Any]:
     found = {**function.__globals__, **names}
     # torch.compile would look the globals up in the module of this name.
     found.pop("__name__")
-    copy = FunctionType(
-        function.__code__, found, function.__name__, function.__defaults__, function.__closure__
-    )
+    # A code object of its own: torch.compile keeps what it made by that, and its names in globals.
+    code = function.__code__.replace()
+    copy = FunctionType(code, found, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return functools.update_wrapper(copy, function)
 
