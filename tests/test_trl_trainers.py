@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,16 +13,13 @@ from prefalign.kernels.enhancement_loss import enhancement_loss
 from prefalign.kernels.noise_aware_loss import noise_aware_loss
 from tiny_models import one_thread as one_thread
 from tiny_models import tiny_model, tiny_tokenizer
-from trl_runs import PAIRS, EagerLogps, assert_same, logged, prompt_tuning
+from trl_runs import PAIRS, assert_same, logged, prompt_tuning
 
 from prefalign.attention import use_packed_attention
 from prefalign.enhancement import EnhancementTrainer
 from prefalign.errors import ModelError
 from prefalign.integrations import trl as integration
-from prefalign.integrations.trl import unfuse
 from prefalign.noise_aware import NoiseAwareTrainer
-from prefalign.packed_trainer import Groups
-from prefalign.packing import Group
 from prefalign.ple_config import EnhancementSettings
 from prefalign.references import snapshot_reference
 from prefalign.spa_config import NoiseSettings
@@ -29,137 +28,20 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'pref
 if not trl.__version__.startswith(tuple(f"{version}." for version in integration.TESTED)):
     pytest.skip(f"TRL {trl.__version__} is not supported", allow_module_level=True)
 
-from prefalign.integrations.trl_trainers import (  # noqa: E402
-    EnhancementDPOConfig,
-    EnhancementDPOTrainer,
-    NoiseAwareDPOConfig,
-    NoiseAwareDPOTrainer,
+import trl_pairs  # noqa: E402
+from trl_pairs import (  # noqa: E402
+    ARGUMENTS,
+    TRAINERS,
+    assert_equal_runs,
+    assert_same_gradients,
+    build,
+    eager_logits,
+    eager_logps,
+    lora,
+    one_batch,
+    own_run,
 )
-
-# A scored pair each: the gap is above 0.2 in some, below in others.
-SCORED = [
-    {**row, "chosen_reward": (i % 4) / 4, "rejected_reward": 0.3 * (i % 2)}
-    for i, row in enumerate(PAIRS)
-]
-ARGUMENTS = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "save_strategy": "no",
-    "learning_rate": 1e-3,
-    "bf16": False,
-    "disable_tqdm": True,
-    "train_sampling_strategy": "sequential",
-}
-NOISE = {"noise_alpha": 0.3, "noise_alpha_warmup": 0.4, "noise_quantile": 0.4, "noise_window": 8}
-TRAINERS = {
-    "noise": (NoiseAwareDPOTrainer, NoiseAwareDPOConfig, NOISE, PAIRS),
-    "enhancement": (EnhancementDPOTrainer, EnhancementDPOConfig, {}, SCORED),
-}
-
-
-@pytest.fixture(autouse=True)
-def trls_op_runs_on_a_cpu(monkeypatch):
-    if trl.__version__.startswith("1.15."):
-        monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", EagerLogps)
-
-
-def build(kind, folder, model="llama", rows=None, **settings):
-    """Return one of the trainers; ``settings`` are its config's, or its own arguments."""
-    from datasets import Dataset
-
-    trainer_class, config_class, changes, default = TRAINERS[kind]
-    model = tiny_model(model) if isinstance(model, str) else model
-    names = ("peft_config", "ref_model", "callbacks", "compute_metrics", "eval_dataset")
-    given = {name: settings.pop(name) for name in names if name in settings}
-    if kind == "noise" and not ("peft_config" in given or hasattr(model, "peft_config")):
-        given.setdefault("ref_model", copy.deepcopy(model))
-    config = config_class(output_dir=str(folder), **{**ARGUMENTS, **changes, **settings})
-    torch.manual_seed(3)  # LoRA's factors are drawn
-    return trainer_class(
-        model,
-        args=config,
-        train_dataset=Dataset.from_list(default if rows is None else rows),
-        processing_class=tiny_tokenizer(),
-        **given,
-    )
-
-
-def lora(*targets, **kwargs):
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    # Factors that are not zero: a policy that is its reference has margins of rounding.
-    kwargs.setdefault("init_lora_weights", False)
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(targets), **kwargs
-    )
-
-
-def groups_of(trainer):
-    """Return the pairs of a trainer, as TRL tokenised them."""
-    rows = trainer.train_dataset
-    return Groups(
-        [
-            Group(
-                row["prompt_ids"],
-                [row["chosen_ids"], row["rejected_ids"]],
-                i,
-                {"rewards": [row["chosen_reward"], row["rejected_reward"]]}
-                if "chosen_reward" in row
-                else {},
-            )
-            for i, row in enumerate(rows)
-        ]
-    )
-
-
-def own_run(trainer_class, trainer, folder, model, **kwargs):
-    """Return what prefalign's own trainer logs on the pairs of a TRL trainer."""
-    from transformers import TrainingArguments
-
-    arguments = TrainingArguments(output_dir=str(folder), **ARGUMENTS)
-    use_packed_attention(model)
-    return logged(trainer_class(model, arguments, groups_of(trainer), **kwargs))
-
-
-def assert_equal_runs(ours, theirs):
-    """Compare every metric that both log, at every step but the summary's line."""
-    assert len(ours) == len(theirs) == ARGUMENTS["max_steps"] + 1
-    for mine, yours in zip(ours[:-1], theirs[:-1], strict=True):
-        shared = mine.keys() & yours.keys() - {"num_tokens"}
-        assert {"loss", "grad_norm", "rewards/margins"} < shared
-        for name in shared:
-            assert mine[name] == pytest.approx(yours[name], rel=1e-4, abs=2e-5), name
-
-
-def eager_logps(logits, inputs):
-    """Return the log-prob of each response from ``[2B, L, V]`` logits, chosen first."""
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-    return (logps * inputs["completion_mask"][:, 1:]).sum(1).chunk(2)
-
-
-def eager_logits(model, inputs):
-    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-
-
-def one_batch(trainer):
-    return next(iter(trainer.get_train_dataloader()))
-
-
-def assert_same_gradients(model, loss, other):
-    """Compare the gradients of two losses of one model."""
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    found, expected = (
-        torch.autograd.grad(x, list(parameters.values()), allow_unused=True) for x in (loss, other)
-    )
-    largest = max(x.abs().max() for x in expected if x is not None)
-    assert largest > 0.1
-    for name, mine, yours in zip(parameters, found, expected, strict=True):
-        assert (mine is None) == (yours is None), name
-        if mine is not None:
-            assert (mine - yours).abs().max() < 1e-5 * largest, name
-
+from trl_pairs import trls_op_runs_on_a_cpu as trls_op_runs_on_a_cpu  # noqa: E402
 
 # SPA: a step
 
@@ -226,6 +108,20 @@ def test_of_an_adapter_that_was_trained_the_reference_is_a_copy(tmp_path):
         return logits
 
     check_a_loss(trainer, inputs, copied, 0.5)
+
+
+def test_lora_on_the_head_is_refused_by_extrapolation_alone(tmp_path):
+    config = lora("lm_head")
+    with pytest.raises(ModelError, match="LoRA adapter, which the noise-aware loss cannot use"):
+        build("noise", tmp_path, "qwen2", peft_config=config)
+    trainer = build("noise", tmp_path, "qwen2", peft_config=config, noise_extrapolation=0.0)
+    inputs = one_batch(trainer)
+
+    def without():
+        with trainer.model.disable_adapter():
+            return eager_logits(trainer.model, inputs)
+
+    check_a_loss(trainer, inputs, without, 0.0)
 
 
 def test_in_bf16_a_loss_is_near_the_exact_one(tmp_path):
@@ -367,6 +263,19 @@ def test_a_resumed_run_is_the_whole_one(tmp_path, kind):
             assert mine[name] == pytest.approx(yours[name], rel=1e-6), name
     threshold = {"noise": "noise/threshold", "enhancement": "ple/threshold"}[kind]
     assert whole[4][threshold] > 0
+
+
+def test_two_processes_equal_one(tmp_path):
+    one = logged(build("noise", tmp_path))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, trl_pairs.__file__, str(tmp_path), "noise"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal_runs(json.loads((tmp_path / "logs.json").read_text()), one)
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
@@ -515,147 +424,3 @@ def test_lora_on_the_head_is_trained(tmp_path):
     loss = trainer.compute_loss(trainer.model, inputs)
     torch.testing.assert_close(loss, out.losses.mean(), rtol=1e-5, atol=1e-5)
     assert_same_gradients(trainer.model, loss, out.losses.mean())
-
-
-# What is refused
-
-NOT_DPOS = [
-    ("loss_type", ["hinge"]),
-    ("loss_type", ["sigmoid", "sft"]),
-    ("loss_weights", [0.5]),
-    ("label_smoothing", 0.1),
-    ("ld_alpha", 0.5),
-    ("f_divergence_type", "forward_kl"),
-    ("use_weighting", True),
-]
-
-
-@pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.parametrize("name, value", NOT_DPOS)
-def test_settings_of_dpos_loss_are_refused(tmp_path, kind, name, value):
-    with pytest.raises(
-        ValueError, match=rf"^{name}: {kind.title()}.*DPOTrainer does not"
-    ) as caught:
-        build(kind, tmp_path, **{name: value})
-    assert repr(value) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [("beta", 0.5), ("sync_ref_model", True), ("precompute_ref_log_probs", True)],
-)
-def test_settings_of_a_reference_are_refused_where_there_is_none(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"^{name}: EnhancementDPOTrainer does not"):
-        build("enhancement", tmp_path, **{name: value})
-
-
-def test_a_reference_is_refused_where_there_is_none(tmp_path):
-    with pytest.raises(ValueError, match="^ref_model: .* has no reference.*got a LlamaForCausalLM"):
-        build("enhancement", tmp_path, ref_model=tiny_model("llama"))
-
-
-@pytest.mark.parametrize("value", [None, "high", float("nan")])
-@pytest.mark.parametrize("where", ["train", "eval", "later"])
-def test_rows_without_a_reward_are_refused(tmp_path, where, value):
-    from datasets import Dataset
-
-    bad = [{**row, "rejected_reward": value} for row in SCORED]
-    message = rf"^rejected_reward: expected a column with a number in every row, got {value!r}"
-    if where == "later":
-        if isinstance(value, str):
-            return  # no column has both
-        trainer = build("enhancement", tmp_path, rows=[*SCORED[:4], bad[4]])
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
-        return
-    settings = (
-        {"rows": bad} if where == "train" else {"eval_dataset": {"a": Dataset.from_list(bad)}}
-    )
-    with pytest.raises(ValueError, match=message):
-        build("enhancement", tmp_path, **settings)
-
-
-def test_rows_without_the_columns_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="^chosen_reward: expected a column"):
-        build("enhancement", tmp_path, rows=PAIRS)
-
-
-def test_extrapolation_from_log_probs_alone_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="^precompute_ref_log_probs: .*noise_extrapolation=0;"):
-        build("noise", tmp_path, precompute_ref_log_probs=True)
-
-
-def test_lora_on_the_head_is_refused_by_extrapolation_alone(tmp_path):
-    config = lora("lm_head")
-    with pytest.raises(ModelError, match="LoRA adapter, which the noise-aware loss cannot use"):
-        build("noise", tmp_path, "qwen2", peft_config=config)
-    trainer = build("noise", tmp_path, "qwen2", peft_config=config, noise_extrapolation=0.0)
-    inputs = one_batch(trainer)
-
-    def without():
-        with trainer.model.disable_adapter():
-            return eager_logits(trainer.model, inputs)
-
-    check_a_loss(trainer, inputs, without, 0.0)
-
-
-def test_a_reference_of_another_head_is_refused(tmp_path):
-    reference = tiny_model("llama", hidden_size=48)
-    with pytest.raises(ModelError, match=r"^ref_model: expected .*\(259, 32\).*got \(\(259, 48\)"):
-        build("noise", tmp_path, ref_model=reference)
-    build("noise", tmp_path, ref_model=reference, noise_extrapolation=0.0)
-
-
-@pytest.mark.parametrize(
-    "kind, name, value",
-    [
-        ("noise", "noise_alpha", 0.6),
-        ("noise", "noise_alpha", float("nan")),
-        ("noise", "noise_alpha_warmup", -0.1),
-        ("noise", "noise_quantile", 1.5),
-        ("noise", "noise_extrapolation", -1.0),
-        ("noise", "noise_window", 1),
-        ("enhancement", "enhancement_threshold", float("nan")),
-        ("enhancement", "enhancement_step_decay", 0.0),
-        ("enhancement", "enhancement_temperature", 0.0),
-    ],
-)
-def test_values_out_of_range_are_refused(tmp_path, kind, name, value):
-    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got {value!r}$"):
-        TRAINERS[kind][1](output_dir=str(tmp_path), **ARGUMENTS, **{name: value})
-
-
-@pytest.mark.parametrize("name", ["ranking", "sft"])
-def test_unknown_forms_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name}: expected one of .*mean"):
-        build("enhancement", tmp_path, **{f"enhancement_{name}": "median"})
-
-
-@pytest.mark.parametrize("kind", TRAINERS)
-def test_another_config_is_refused(kind):
-    trainer_class, config_class, *_ = TRAINERS[kind]
-    with pytest.raises(TypeError, match=f"expected a {config_class.__name__}, got a DPOConfig"):
-        trainer_class(tiny_model("llama"), args=trl.DPOConfig(**ARGUMENTS))
-
-
-@pytest.mark.parametrize("kind", TRAINERS)
-def test_another_version_is_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
-    with pytest.raises(ImportError, match=r"TRL 1\.17\.0 .* pip install 'trl==1\.16\.\*'"):
-        build(kind, tmp_path)
-
-
-def test_without_trl_it_says_so(monkeypatch):
-    for name in ("trl", "prefalign.integrations._trl_pairs"):
-        monkeypatch.setitem(sys.modules, name, None) if name == "trl" else monkeypatch.delitem(
-            sys.modules, name
-        )
-    with pytest.raises(ImportError, match=r"pip install 'prefalign\[trl\]'"):
-        import prefalign.integrations._trl_pairs  # noqa: F401
-
-
-def test_unfused_it_says_so(tmp_path):
-    trainer = build("noise", tmp_path)
-    unfuse(trainer)
-    with pytest.raises(ModelError, match="NoiseAwareDPOTrainer takes its log-probs from the fused"):
-        trainer.train()
