@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 from . import _linear_kl_chunked
+from ._autograd import differentiable
 from ._common import INTEGERS, check_choice, check_tensor, resolve_impl
 from ._head_math import Head
 from .linear_token_logps import autocast, check_head, head_logits, which_grads
@@ -138,7 +139,7 @@ def _backward(ctx, grad, _norm):
     return tuple(none)
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = differentiable(_op, _backward, _setup_context)
 
 
 def linear_token_kl(

@@ -30,7 +30,7 @@ def tdpo_loss(
     chosen_kl: Tensor,
     rejected_kl: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     alpha: float | None = None,
     variant: str = "tdpo2",
     impl: str = "auto",
@@ -54,7 +54,8 @@ def tdpo_loss(
         chosen_kl: ``[B]``, float: the sum over the chosen response's tokens of
             KL(reference || policy), in nats; ``sequence_logps`` of ``linear_token_kl``.
         rejected_kl: ``[B]``, likewise for the rejected response.
-        beta: scale of the margin, per nat. Above 0, default 0.1.
+        beta: scale of the margin, per nat. Above 0, default 0.1. Or a tensor, ``[]`` or ``[B]``, as
+            in ``preference_loss``.
         alpha: weight of the KL in TDPO2, at least 0; 0 is DPO. Default 0.5. TDPO1 takes none.
         variant: ``"tdpo1"`` or ``"tdpo2"``. Default ``"tdpo2"``.
         impl: as in ``preference_loss``. Default ``"auto"``.

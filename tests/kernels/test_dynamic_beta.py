@@ -3,6 +3,7 @@
 import pytest
 import torch
 from prefalign.kernels.dynamic_beta import DynamicBeta
+from prefalign.kernels.preference_loss import preference_loss
 
 
 def batches(device, dtype=torch.float64):
@@ -42,6 +43,15 @@ def test_never_below_the_floor(device):
     dynamic = DynamicBeta(floor=0.01)
     assert dynamic.update(torch.tensor([-1e6], device=device)) == torch.tensor(0.01)
     assert DynamicBeta().update(torch.tensor([-1e6], device=device)) == torch.tensor(0.001)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton", "reference"])
+def test_a_loss_takes_it(impl, device):
+    margins = batches(device, torch.float32)[2]
+    zeros = torch.zeros_like(margins)
+    beta = DynamicBeta().update(margins)
+    losses = preference_loss(margins, zeros, zeros, zeros, beta=beta, impl=impl).losses
+    torch.testing.assert_close(losses, -torch.nn.functional.logsigmoid(beta * margins))
 
 
 def test_scale_0_is_a_constant_beta(device):
@@ -120,6 +130,9 @@ def test_the_state_goes_on_elsewhere(device):
     second.load_state_dict(state)
     expected = first.update(three)
     assert second.update(three) == expected  # and not what the first has become
+    assert second.state_dict() == first.state_dict()
+    for held in (state, second.state_dict()):
+        held["mean"].fill_(9)
     assert second.state_dict() == first.state_dict()
     with pytest.raises(ValueError, match="state: expected mean, std, got mean"):
         second.load_state_dict({"mean": state["mean"]})

@@ -62,6 +62,16 @@ def test_no_kl_or_alpha_0_is_dpo(device):
         assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_beta_may_be_a_tensor(impl, device):
+    inputs = example(device)
+    expected = tdpo_loss(*inputs, beta=0.3, impl=impl)
+    for beta in (torch.tensor(0.3, device=device), torch.full((37,), 0.3, device=device)):
+        found = tdpo_loss(*inputs, beta=beta, impl=impl)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rewards_are_without_the_kl_and_detached(variant, device):
     inputs = [x.requires_grad_(i not in (2, 3)) for i, x in enumerate(example(device))]
