@@ -51,7 +51,7 @@ def unwrap(model: Any) -> Any:
     """Return the model inside wrappers for parallel or compiled execution (PEFT's stays)."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel) or (
-            type(model).__name__ == "FullyShardedDataParallel"
+            type(model).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine")
         ):
             model = model.module
         elif hasattr(model, "_orig_mod"):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._head import Head, head_arguments, read_head, refuse_head_adapter
+from ._head import Head, head_arguments, read_head, refuse_head_adapter, with_head
 from .attention import (
     causal_lm,
     generation_attention,
@@ -61,6 +61,7 @@ __all__ = [
     "target_hidden",
     "token_scores",
     "verify_head",
+    "with_head",
 ]
 
 logger = logging.getLogger(__name__)
@@ -185,11 +186,18 @@ def response_token_logps(
         temperature: Divides the logits.
         outputs: Extras of ``linear_token_logps``; with any, its named tuple is returned.
     """
+
+    def logps(hidden: Tensor, head: Head) -> Any:
+        return linear_token_logps(
+            hidden,
+            targets=batch.targets,
+            temperature=temperature,
+            outputs=outputs,
+            **head_arguments(head, hidden),
+        )
+
     hidden = target_hidden(model, batch, through_wrapper=through_wrapper)
-    head = head_arguments(read_head(model), hidden)
-    return linear_token_logps(
-        hidden, targets=batch.targets, temperature=temperature, outputs=outputs, **head
-    )
+    return with_head(model, hidden, logps)
 
 
 def score(
@@ -402,6 +410,8 @@ def can_share_prompts(model: nn.Module) -> str | None:
     lm = causal_lm(model)
     if reason := sharing_obstacle(lm):
         return reason
+    if hasattr(lm.get_input_embeddings().weight, "ds_id"):
+        return f"{type(lm).__name__} was divided by ZeRO-3 before it could be tried"
     if lm not in _TRIED:
         _TRIED[lm] = _sharing_error(model)
     return _TRIED[lm]

@@ -18,7 +18,14 @@ from transformers.trainer_callback import ExportableState
 from .kernels.linear_token_logps_triple import linear_token_logps_triple
 from .kernels.noise_aware_loss import noise_aware_loss
 from .kernels.sequence_logps import sequence_logps
-from .models import head_arguments, read_head, refuse_head_adapter, target_hidden
+from .models import (
+    Head,
+    head_arguments,
+    read_head,
+    refuse_head_adapter,
+    target_hidden,
+    with_head,
+)
 from .packing import PackedBatch
 from .spa_config import NoiseSettings
 from .trainer import CHOSEN, REJECTED, PreferenceTrainer, pair_metrics
@@ -176,19 +183,23 @@ class NoiseAwareTrainer(PreferenceTrainer):
             ref_hidden = target_hidden(reference, batch)
             ref_head = read_head(reference)
         hidden = target_hidden(model, batch, through_wrapper=True)
-        head = read_head(self.accelerator.unwrap_model(model))
-        arguments = head_arguments(head, hidden)
-        if ref_head.weight is not head.weight:
-            ref_arguments = head_arguments(ref_head, ref_hidden)
-            arguments["ref_weight"] = ref_arguments["weight"]
-            arguments["ref_bias"] = ref_arguments["bias"]
-        logps = linear_token_logps_triple(
-            hidden,
-            ref_hidden,
-            targets=batch.targets,
-            extrapolation=self.extrapolation,
-            **arguments,
-        )
+
+        def three(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+            arguments = head_arguments(head, hidden)
+            if ref_head.weight is not head.weight:
+                ref_arguments = head_arguments(ref_head, ref_hidden)
+                arguments["ref_weight"] = ref_arguments["weight"]
+                arguments["ref_bias"] = ref_arguments["bias"]
+            logps = linear_token_logps_triple(
+                hidden,
+                ref_hidden,
+                targets=batch.targets,
+                extrapolation=self.extrapolation,
+                **arguments,
+            )
+            return tuple(logps)
+
+        logps = with_head(model, hidden, three)
         sums = [sequence_logps(x, cu_seqlens=batch.cu_targets).sums for x in logps]
         return sums[0], sums[1], sums[2]
 
@@ -199,7 +210,7 @@ class NoiseAwareTrainer(PreferenceTrainer):
         self._threshold_now = self.threshold.value(self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._step_rows:
-            rows = torch.cat(self._step_rows)
+            rows = torch.cat(self._step_rows[: len(inputs["passes"])])  # without fillers
             if self.accelerator.num_processes > 1:
                 rows = self.accelerator.gather(rows)
             # In an order that does not depend on passes and processes.
@@ -215,13 +226,14 @@ class NoiseAwareTrainer(PreferenceTrainer):
         collate, confidences = self.data_collator, []
         model.eval()
         with torch.no_grad():
-            for batch in collate([pairs[i] for i in mine])["passes"]:
+            passes = collate([pairs[i] for i in mine])["passes"]
+            for batch in self.passes_in_step(passes):
                 batch = batch.to(self.args.device)
                 _, reference, extrapolated = self.three_logps(model, batch)
                 margins = extrapolated - reference
                 confidences.append(torch.sigmoid(self.beta * (margins[CHOSEN] - margins[REJECTED])))
         model.train()
-        values = torch.cat(confidences)
+        values = torch.cat(confidences[: len(passes)])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.pad_across_processes(values, pad_index=torch.nan)
             values = self.accelerator.gather(values)

@@ -27,7 +27,7 @@ from .config import TrainingSettings
 from .errors import RunError
 from .kernels.linear_token_logps import linear_token_logps
 from .kernels.sequence_logps import sequence_logps
-from .models import head_arguments, prompts_are_shared, read_head, target_hidden
+from .models import Head, head_arguments, prompts_are_shared, target_hidden, with_head
 from .packing import PackedBatch
 from .passes import Groups, PackingCollator
 from .references import REFERENCE_ADAPTER
@@ -140,9 +140,12 @@ class PackedTrainer(Trainer):
 
     def response_logps(self, hidden: Tensor, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
         """Return the log-prob of each response, ``[R]``, from hidden states at the targets."""
-        head = read_head(self.accelerator.unwrap_model(model))
-        logps = linear_token_logps(hidden, targets=batch.targets, **head_arguments(head, hidden))
-        return sequence_logps(logps, cu_seqlens=batch.cu_targets).sums
+
+        def logps(hidden: Tensor, head: Head) -> Tensor:
+            return linear_token_logps(hidden, targets=batch.targets, **head_arguments(head, hidden))
+
+        tokens = with_head(model, hidden, logps)
+        return sequence_logps(tokens, cu_seqlens=batch.cu_targets).sums
 
     # What the Trainer calls
 
@@ -176,14 +179,8 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Run the passes of one batch; gradients are synchronised on the last one alone."""
-        passes = inputs["passes"]
+        passes = self.passes_in_step(inputs["passes"])
         syncs = self.accelerator.sync_gradients
-        in_step = self.accelerator.distributed_type in _SHARDED
-        if in_step:
-            # Sharded engines communicate in every pass: all processes must make as many.
-            count = torch.tensor([len(passes)], device=self.args.device)
-            most = int(self.accelerator.gather(count).max())
-            passes = passes + [passes[-1]] * (most - len(passes))
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(passes):
             last = index == len(passes) - 1
@@ -199,6 +196,17 @@ class PackedTrainer(Trainer):
                 items: Any = math.inf if filler else num_items_in_batch
                 total += super().training_step(model, {"batch": batch}, items)
         return total
+
+    def passes_in_step(self, passes: list[PackedBatch]) -> list[PackedBatch]:
+        """Return the passes and, under a sharded engine, fillers that count for nothing after them.
+
+        Such an engine communicates in every pass, so all processes must make as many.
+        """
+        if self.accelerator.distributed_type not in _SHARDED:
+            return passes
+        count = torch.tensor([len(passes)], device=self.args.device)
+        most = int(self.accelerator.gather(count).max())
+        return passes + [passes[-1]] * (most - len(passes))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the Trainer's sampler; over several processes, one that deals by lengths."""
@@ -227,9 +235,12 @@ class PackedTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the mean loss of an evaluation batch; the metrics are gathered on the side."""
         losses, weight = [], 0
+        passes = self._prepare_inputs(inputs)["passes"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self._prepare_inputs(inputs)["passes"]:
+            for index, batch in enumerate(self.passes_in_step(passes)):
                 loss, metrics = self.group_losses(model, batch)
+                if index >= len(passes):
+                    continue
                 self._store("eval_", loss, metrics, batch)
                 losses.append(loss)
                 weight += self.weight(batch)
@@ -293,12 +304,16 @@ class PackedTrainer(Trainer):
             self._staging = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            done = sorted_checkpoints(staging.parent)
+            # A run resumed from an earlier checkpoint comes to the later ones again.
+            again = {checkpoint.name for checkpoint in staging.glob("checkpoint-*")}
+            done = [c for c in sorted_checkpoints(staging.parent) if c.name not in again]
             for checkpoint in staging.glob("checkpoint-*"):
                 # π_{i-1}'s adapter does not change; where it is there, transformers 5.17
                 # reads it alone when it resumes, and not the policy's.
                 remove(checkpoint / REFERENCE_ADAPTER)
-                os.replace(checkpoint, staging.parent / checkpoint.name)
+                final = staging.parent / checkpoint.name
+                remove(final)
+                os.replace(checkpoint, final)
             remove(staging)
             keep = self.args.save_total_limit
             for old in done[: len(done) + 1 - keep] if keep else []:

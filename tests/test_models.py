@@ -13,7 +13,7 @@ from tiny_models import one_thread as one_thread
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefalign import models
+from prefalign import _head, models
 from prefalign.attention import generation_attention, use_packed_attention
 from prefalign.config import LoraSettings
 from prefalign.errors import ModelError
@@ -339,7 +339,7 @@ def test_verify_head_accepts_the_model_as_it_is_and_refuses_a_misread_head(
 
     right = read_head(model)
     wrong = dataclasses.replace(right, logit_scale=right.logit_scale * 0.7)
-    monkeypatch.setattr(models, "read_head", lambda _: wrong)
+    monkeypatch.setattr(_head, "read_head", lambda _: wrong)
     with pytest.raises(ModelError, match="differ from the model's own by up to"):
         verify_head(model)
 
