@@ -47,7 +47,7 @@ from ._common import (
 from ._pair_losses import Pairs, check_scalar
 from .enhancement_head import PLE, check_enhancement, enhancement_head, refuse_enhancement
 from .losses import Objective, log_ratios, pair_values, per_token, sequence_sums, sides
-from .objectives import Term, loss_names, resolve
+from .objectives import Term, loss_names, needs_reference, resolve
 from .preference_loss import check_device, of_terms, preference_loss_reference
 from .sequence_logps import _check_spans, sequence_logps, sequence_logps_reference
 from .token_weights import length_desensitized_weights
@@ -471,8 +471,7 @@ def pair_loss_head(
 def check_references(terms: tuple[Term, ...], **given: Tensor | None) -> None:
     """Check that of two forms of the reference one is given, or at most one if none is needed."""
     names = [name for name, value in given.items() if value is not None]
-    needed = any(term.objective.row.reference for term in terms)
-    if len(names) == 2 or (needed and not names):
+    if len(names) == 2 or (needs_reference(terms) and not names):
         got = "both" if names else "neither"
         raise ValueError(f"{', '.join(given)}: expected exactly one of them, got {got}")
 

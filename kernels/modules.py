@@ -6,7 +6,7 @@ what comes back, is in the docstring of the function that it calls. None holds a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,20 +112,35 @@ class PreferenceLoss(_Op):
     def __init__(
         self,
         *,
-        loss_type: str = "sigmoid",
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = 1.0,
+        loss_options: Mapping[str, float] | None = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, impl=impl)
+        super().__init__(
+            loss_type=loss_type,
+            loss_weights=loss_weights,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            f_divergence_type=f_divergence_type,
+            f_alpha_divergence_coef=f_alpha_divergence_coef,
+            loss_options=loss_options,
+            impl=impl,
+        )
 
     def forward(
         self,
         policy_chosen_logps: Tensor,
         policy_rejected_logps: Tensor,
-        reference_chosen_logps: Tensor,
-        reference_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
         weights: Tensor | None = None,
+        chosen_counts: Tensor | None = None,
+        rejected_counts: Tensor | None = None,
     ) -> _preference_loss.PreferenceLoss:
         """Return the losses and the rewards ``[B]``."""
         return _preference_loss.preference_loss(
@@ -134,6 +149,8 @@ class PreferenceLoss(_Op):
             reference_chosen_logps,
             reference_rejected_logps,
             weights=weights,
+            chosen_counts=chosen_counts,
+            rejected_counts=rejected_counts,
             **self.options,
         )
 

@@ -65,6 +65,16 @@ class Term(NamedTuple):
         return self.objective.row.per_token or self.kind == "sft"
 
 
+def needs_reference(terms: Sequence[Term]) -> bool:
+    """Return whether a summand compares the policy with a reference."""
+    return any(term.objective.row.reference for term in terms)
+
+
+def couples_batch(terms: Sequence[Term]) -> bool:
+    """Return whether a pair's loss depends on the other pairs of its batch."""
+    return any(term.kind in COUPLED for term in terms)
+
+
 def resolve(
     loss_type: str | Sequence[str],
     *,

@@ -205,14 +205,24 @@ class LossSettings:
     """The preference loss.
 
     Args:
-        loss_type: A loss of ``preference_loss``.
+        loss_type: A loss of ``preference_loss``, or a list of them; see docs/custom_losses.md.
+        loss_weights: A weight for each of several losses; all 1 if not given.
         beta: DPO's inverse temperature.
-        label_smoothing: cDPO's share of flipped labels.
+        label_smoothing: The share of flipped labels, in losses that have one (cDPO and others).
+        f_divergence_type: What keeps the policy near the reference.
+        f_alpha_divergence_coef: Alpha of the alpha-divergence.
+        loss_options: Numbers that single losses take, by name, such as simpo_gamma.
     """
 
-    loss_type: str = "sigmoid"
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
     beta: float = 0.1
     label_smoothing: float = 0.0
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "reverse_kl"
+    )
+    f_alpha_divergence_coef: float = 1.0
+    loss_options: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from .kernels.objectives import couples_batch, needs_reference, resolve
 from .kernels.preference_loss import preference_loss
 from .models import Reference, target_hidden
 from .packed_trainer import Groups, PackedTrainer
@@ -33,10 +35,16 @@ class PreferenceTrainer(PackedTrainer):
         args: transformers' arguments; a "batch" of theirs is pairs. See ``training_arguments``.
         train_dataset: Pairs, as ``Groups``. ``extras["weights"]`` of a pair multiplies its loss.
         reference: The reference policy. None takes the log-probs that travel with the pairs as
-            ``extras["reference_logps"]``, one for each response.
-        loss_type: A loss of ``preference_loss``.
+            ``extras["reference_logps"]``, one for each response; a loss without a reference needs
+            neither.
+        loss_type: A loss of ``preference_loss``, or several. One that depends on a whole batch
+            depends on the pairs of one process's batch.
+        loss_weights: The weights of several.
         beta: Inverse temperature.
         label_smoothing: cDPO's share of flipped labels.
+        f_divergence_type: As in ``preference_loss``. So are the next two.
+        f_alpha_divergence_coef: The alpha-divergence's alpha.
+        loss_options: Numbers that single losses take.
         weighted_mean: Divide a step's losses by the sum of their ``extras["weights"]``, and not by
             their number.
         **kwargs: Anything else that ``PackedTrainer`` (``max_tokens``) or ``transformers.Trainer``
@@ -50,18 +58,32 @@ class PreferenceTrainer(PackedTrainer):
         train_dataset: Groups,
         *,
         reference: Reference | None = None,
-        loss_type: str = "sigmoid",
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = 1.0,
+        loss_options: Mapping[str, float] | None = None,
         weighted_mean: bool = False,
         **kwargs: Any,
     ):
+        self.loss_arguments: dict[str, Any] = {
+            "loss_type": loss_type,
+            "loss_weights": loss_weights,
+            "beta": beta,
+            "label_smoothing": label_smoothing,
+            "f_divergence_type": f_divergence_type,
+            "f_alpha_divergence_coef": f_alpha_divergence_coef,
+            "loss_options": loss_options,
+        }
+        terms = resolve(**self.loss_arguments)
+        self.couples_batch = self.couples_batch or couples_batch(terms)
+        self.needs_reference = needs_reference(terms)
         super().__init__(model, args, train_dataset, **kwargs)
         self.weighted_mean = weighted_mean
         self.reference = reference
-        self.loss_type = loss_type
         self.beta = beta
-        self.label_smoothing = label_smoothing
 
     def group_losses(
         self, model: torch.nn.Module, batch: PackedBatch
@@ -69,15 +91,15 @@ class PreferenceTrainer(PackedTrainer):
         """Return each pair's loss, ``[B]`` with a graph, and its metrics, ``[B]`` each."""
         reference = self.reference_logps(batch)  # before the policy's activations are there
         policy = self.policy_logps(model, batch)
+        counts = batch.cu_targets.diff()
         out = preference_loss(
             policy[CHOSEN],
             policy[REJECTED],
-            reference[CHOSEN],
-            reference[REJECTED],
-            loss_type=self.loss_type,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
+            *((None, None) if reference is None else (reference[CHOSEN], reference[REJECTED])),
+            chosen_counts=counts[CHOSEN],
+            rejected_counts=counts[REJECTED],
             weights=batch.extras.get("weights"),
+            **self.loss_arguments,
         )
         return out.losses, pair_metrics(out.chosen_rewards, out.rejected_rewards, policy)
 
@@ -87,10 +109,12 @@ class PreferenceTrainer(PackedTrainer):
             return float(batch.extras["weights"].sum())
         return super().weight(batch)
 
-    def reference_logps(self, batch: PackedBatch) -> Tensor:
-        """Return the reference's log-prob of each response, ``[R]``."""
-        if self.reference is None:
+    def reference_logps(self, batch: PackedBatch) -> Tensor | None:
+        """Return the reference's log-prob of each response, ``[R]``; None if there is no need."""
+        if self.reference is None and self.needs_reference:
             return batch.extras["reference_logps"]
+        if self.reference is None:
+            return batch.extras.get("reference_logps")
         with torch.no_grad(), self.reference.use() as reference:
             return self.response_logps(target_hidden(reference, batch), reference, batch)
 

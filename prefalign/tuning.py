@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from .config import DPOSettings, SFTSettings
 from .errors import RunError
 from .evaluation import Evaluated
-from .kernels.losses import LOSSES
+from .kernels.objectives import Term, needs_reference, resolve
 from .loop import Run
 from .pipeline import INIT
 from .planner import Work
@@ -67,10 +70,11 @@ class DPO(Run[DPOSettings]):
     algorithm = "dpo"
 
     def prepare(self) -> None:
-        """Check the loss's name."""
-        name = self.settings.loss.loss_type
-        if name not in LOSSES:
-            raise RunError(f"loss.loss_type: expected one of {', '.join(LOSSES)}, got {name!r}")
+        """Check what the loss is made of."""
+        try:
+            self.terms: tuple[Term, ...] = resolve(**vars(self.settings.loss))
+        except (TypeError, ValueError) as error:
+            raise RunError(f"loss.{error}") from error
 
     def read_data(self) -> None:
         """Read the pairs."""
@@ -83,21 +87,21 @@ class DPO(Run[DPOSettings]):
 
     def works(self) -> list[Work]:
         """Return the one training."""
-        return [self.work("dpo", groups_from_pairs(self.pairs), scored=True)]
+        scored = needs_reference(self.terms)
+        return [self.work("dpo", groups_from_pairs(self.pairs), scored=scored)]
 
     def start(self) -> None:
         """Train on the pairs, against the given model's log-probs, which are computed once."""
-        groups = self.with_reference("dpo/reference", INIT, groups_from_pairs(self.pairs))
-        loss = self.settings.loss
+        groups: Sequence[Any] = groups_from_pairs(self.pairs)
+        if needs_reference(self.terms):
+            groups = self.with_reference("dpo/reference", INIT, groups)
         self.parts.train(
             "dpo",
             INIT,
             groups,
             epochs=self.settings.training.epochs,
             trainer_class=PreferenceTrainer,
-            loss_type=loss.loss_type,
-            beta=loss.beta,
-            label_smoothing=loss.label_smoothing,
+            **vars(self.settings.loss),
         )
 
     def models(self) -> list[Evaluated]:

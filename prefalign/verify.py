@@ -19,7 +19,7 @@ from torch import nn
 from .attention import causal_lm
 from .data import load_preferences
 from .errors import DataError, ModelError, RunError
-from .kernels.losses import LOSSES
+from .kernels.objectives import couples_batch, needs_reference, resolve
 from .loading import check_finite, first_line, load_tokenizer
 from .packing import Group
 from .tokenization import check_vocabulary, groups_from_pairs, tokenize_preferences
@@ -53,9 +53,7 @@ def main(settings: VerifySettings) -> int:
         UserError: Something in the settings, the data or the model cannot be used.
     """
     settings.validate()
-    if settings.loss_type not in LOSSES:
-        known = ", ".join(LOSSES)
-        raise RunError(f"loss_type: expected one of {known}, got {settings.loss_type!r}")
+    _check_loss(settings)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("verify runs on one process: start it without a launcher")
     device = _device(settings)
@@ -68,6 +66,20 @@ def main(settings: VerifySettings) -> int:
     report = compare(settings, facts, groups, device)
     print(report.text)
     return 0 if report.passed else 1
+
+
+def _check_loss(settings: VerifySettings) -> None:
+    try:
+        terms = resolve(
+            settings.loss_type, beta=settings.beta, label_smoothing=settings.label_smoothing
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if couples_batch(terms) or not needs_reference(terms):
+        raise RunError(
+            f"loss_type: expected a loss of single pairs with a reference, got "
+            f"{settings.loss_type!r}"
+        )
 
 
 class ModelFacts(NamedTuple):

@@ -186,7 +186,7 @@ def _eager_step(
     losses, logps, slopes = [], [], []
     for group, expected in zip(groups, reference, strict=True):
         found = _pair_logps(model, group, outcome)
-        loss = _eager_loss(found, expected, settings)
+        loss = _eager_loss(found, expected, group, settings)
         slopes.append(torch.autograd.grad(loss, found, retain_graph=True)[0])
         (loss / len(groups)).backward()
         losses.append(loss.detach())
@@ -196,14 +196,17 @@ def _eager_step(
     outcome.slopes.append(torch.cat(slopes).cpu())
 
 
-def _eager_loss(logps: Tensor, reference: Tensor, settings: VerifySettings) -> Tensor:
+def _eager_loss(logps: Tensor, reference: Tensor, group: Group, settings: VerifySettings) -> Tensor:
     smoothing = settings.label_smoothing
     if settings.loss_type == "sigmoid":
         z = settings.beta * ((logps[0] - reference[0]) - (logps[1] - reference[1]))
         return -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
+    counts = torch.tensor([len(ids) for ids in group.response_ids], device=logps.device)
     return preference_loss(
         *logps[:, None],
         *reference[:, None],
+        chosen_counts=counts[:1],
+        rejected_counts=counts[1:],
         loss_type=settings.loss_type,
         beta=settings.beta,
         label_smoothing=smoothing,

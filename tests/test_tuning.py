@@ -131,6 +131,24 @@ def test_dpo_is_smoothed_and_its_reference_is_scored_once(prepared):
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
+def test_a_sum_of_losses_without_a_reference_is_trained_unscored(prepared):
+    folder, options = prepared
+    changes = {
+        "output_dir": folder / "free",
+        "loss.loss_type": '["simpo", "sft"]',
+        "loss.loss_weights": "[1.0, 0.5]",
+        "loss.label_smoothing": 0,
+        "loss.loss_options": '{"simpo_gamma": 0.2}',
+        "training.batch_size": 2,
+        "training.learning_rate": 1e-2,
+    }
+    run_here("dpo", {**options["dpo"], **changes})
+    assert not (folder / "free" / "dpo" / "reference").exists()
+    rows = read_rows(folder / "free" / "metrics.jsonl")
+    assert len(rows) == 4 and rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["rewards/chosen"] == pytest.approx(0.5 * rows[0]["logps/chosen"])
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_model_that_is_given_as_an_adapter_is_its_own_reference(prepared, cached):
     folder, options = prepared
@@ -158,7 +176,11 @@ def test_a_model_that_is_given_as_an_adapter_is_its_own_reference(prepared, cach
         ("sft", "training.batch_size", "0", "training.batch_size: expected 1 or more, got 0"),
         ("sft", "loss.beta", "1", "unrecognized arguments: --loss.beta 1"),
         ("dpo", "data.preferences", "", "data.preferences: expected a dataset, got ''"),
-        ("dpo", "loss.loss_type", "zigzag", "loss.loss_type: expected one of sigmoid, got 'zigz"),
+        ("dpo", "loss.loss_type", "zigzag", "loss.loss_type: expected one of 'sigmoid', "),
+        ("dpo", "loss.loss_type", '["aot", "dpo"]', "loss.loss_type: expected one of 'sigmoid', "),
+        ("dpo", "loss.loss_type", "hinge", "loss.label_smoothing: expected 0 with"),
+        ("dpo", "loss.f_divergence_type", "kl", "loss.f_divergence_type"),
+        ("dpo", "loss.loss_options", '{"tau": 1}', "loss.loss_options: loss_type 'sigmoid' takes"),
         ("dpo", "loss.beta", "0", "loss.beta: expected more than 0, got 0.0"),
         ("dpo", "loss.label_smoothing", "0.6", "loss.label_smoothing: expected from 0 to 0.5"),
         ("dpo", "evaluation.prompts", "null", "evaluation.prompts: expected a dataset of prompts"),

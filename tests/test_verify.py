@@ -289,7 +289,7 @@ def test_trl_agrees(check, options):
         ("beta", 0, "beta: expected more than 0, got 0.0"),
         ("label_smoothing", 0.7, "label_smoothing: expected from 0 to 0.5, got 0.7"),
         ("lora.r", -1, "lora.r: expected 0 or more, got -1"),
-        ("loss_type", "sigmoidal", "loss_type: expected one of sigmoid"),
+        ("loss_type", "sigmoidal", "loss_type: expected one of 'sigmoid', "),
         ("preferences", "./nowhere.jsonl", "./nowhere.jsonl"),
         ("exact", "float128", "exact"),
     ],
