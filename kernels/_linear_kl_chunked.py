@@ -33,9 +33,11 @@ from ._linear_chunked_backward import _row_chunks, arrange_backward
 from ._online import LOWEST
 from .plan import default_workspace, head_tiles
 
+_LEAST = 16  # vocabulary entries
+
 
 def plan_tiles(N: int, V: int, D: int, like: torch.Tensor, budget: int) -> tuple[int, int, int]:
-    """Return (rows, vocabulary entries, bytes left) of a tile that fits ``budget`` bytes, or 0.
+    """Return (rows, vocabulary entries, bytes left) of a tile in ``budget`` bytes (0: the default).
 
     Held at a time: three [rows, tile] of logits, one more in bfloat16; three [rows, D]; a
     [tile, D] of the weight's gradient, and for 16-bit inputs its float32 sum and two slices.
@@ -45,15 +47,18 @@ def plan_tiles(N: int, V: int, D: int, like: torch.Tensor, budget: int) -> tuple
     rows, tile = head_tiles(N, V, D, like.dtype, like.device, budget)
     sums = 4 * N * D if half and 4 * N * D <= budget // 2 else 0  # of hidden's gradient
 
-    def held(tile: int) -> int:
+    def held() -> int:
         wide = 8 if like.dtype == torch.float64 else 4
-        return int(
-            wide * ((3 + 0.5 * half) * rows * tile + 3 * rows * D + (1 + 3 * half) * tile * D)
-        )
+        logits, heads = (3 + 0.5 * half) * rows * tile, (1 + 3 * half) * tile * D
+        return int(wide * (logits + 3 * rows * D + heads))
 
-    while held(tile) > budget - sums and tile > 16:
-        tile = max(16, tile // 2)
-    return rows, tile, budget - held(tile)
+    # Halve the side that takes more bytes: GEMMs want both to be wide.
+    while held() > budget - sums and (rows > 1 or tile > _LEAST):
+        if tile > _LEAST and (rows == 1 or (1 + 3 * half) * tile >= 3 * rows):
+            tile = max(_LEAST, tile // 2)
+        else:
+            rows = (rows + 1) // 2
+    return rows, tile, budget - held()
 
 
 def _kept(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -110,11 +110,15 @@ def test_dtypes_with_bias_and_chunks(device, dtype, two_heads, direction, spare,
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("budget", [2**16, 2**20, 2**26])
-@pytest.mark.parametrize("shape", [(1, 300, 16), (1000, 5000, 64), (4096, 32000, 2048)])
+@pytest.mark.parametrize("shape", [(1, 300, 16), (1000, 5000, 64), (8192, 128256, 8192)])
 def test_tiles_fit_the_workspace_where_they_can(shape, budget, dtype):
-    rows, tile, spare = chunks.plan_tiles(*shape, torch.zeros(0, dtype=dtype), budget)
-    assert 1 <= rows <= shape[0] and 1 <= tile <= shape[1]
-    assert spare >= 0 or tile <= 16
+    for kind in ("cpu", "meta"):  # the latter stands for a GPU
+        like = torch.zeros(0, dtype=dtype, device=kind)
+        rows, tile, spare = chunks.plan_tiles(*shape, like, budget)
+        assert 1 <= rows <= shape[0] and 1 <= tile <= shape[1]
+        assert spare >= 0 or (rows == 1 and tile == 16)
+        if budget == 2**26:
+            assert rows >= min(16, shape[0]) and tile >= min(128, shape[1])
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
