@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._common import check_number, check_tensor, compute_dtype, jit, on_device, tl, triton
 from .loss_rows import confidence_device
@@ -209,7 +208,6 @@ def setup_context(ctx, inputs, output):
     ctx.constants = len(inputs) - 2
 
 
-@once_differentiable
 def backward(ctx, grad_losses, *_):
     """Return the gradients of the two policy log-probs: one product each."""
     grads = [None, None]

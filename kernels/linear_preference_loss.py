@@ -30,8 +30,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import differentiable, wants_grad
 from ._common import check_choice, check_labels, check_number, check_tensor, resolve_impl
 from ._head_math import Head
 from ._whole_pairs import whole_pairs
@@ -191,7 +191,6 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[3:])
 
 
-@once_differentiable
 def _backward(ctx, grad, *_):
     none = (None,) * 20
     if grad is None:
@@ -207,7 +206,7 @@ def _backward(ctx, grad, *_):
     )
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = differentiable(_op, _backward, _setup_context)
 
 
 def linear_preference_loss(
@@ -383,13 +382,9 @@ def linear_preference_loss(
         and is_plain(terms)
         and ld_alpha is None
         and hidden.dtype.itemsize > 2
-        and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        and (wants_grad(weight) or wants_grad(bias))
     ):
-        needs = which_grads(
-            hidden.requires_grad,
-            weight.requires_grad,
-            bias is not None and bias.requires_grad,
-        )
+        needs = which_grads(wants_grad(hidden), wants_grad(weight), wants_grad(bias))
         mean, chosen_rewards, rejected_rewards, *_ = _op(
             hidden, weight, targets.long().contiguous(), bias, cu_seqlens.contiguous(), ref_logps,
             *ref, weights, *head, ignore_index, *terms[0].objective, needs, *tiles,

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from . import _loss_heads_triton
+from ._autograd import differentiable
 from ._common import (
     INTEGERS,
     check_choice,
@@ -240,7 +241,7 @@ def _backward(ctx, grad_losses, *_):
     return grad, *[None] * 15
 
 
-_pair_loss_head.register_autograd(_backward, setup_context=_setup_context)
+_pair_loss_head = differentiable(_pair_loss_head, _backward, _setup_context)
 
 
 def check_pair_bounds(cu_seqlens: Tensor, like: tuple[str, Tensor]) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import _pair_losses
+from ._autograd import differentiable
 from ._common import FLOATS, INTEGERS, check_number, check_tensor, compute_dtype, resolve_impl
 from .loss_rows import Number
 from .losses import Objective, log_ratios, scores
@@ -86,7 +87,9 @@ def _(pc, pr, rc, rr, nc, nr, weights, betas, *_):
     return tuple(_pair_losses.allocate(_pairs(pc, pr, rc, rr, nc, nr, weights, betas)))
 
 
-_preference_loss.register_autograd(_pair_losses.backward, setup_context=_pair_losses.setup_context)
+_preference_loss = differentiable(
+    _preference_loss, _pair_losses.backward, _pair_losses.setup_context
+)
 
 
 def preference_loss(
