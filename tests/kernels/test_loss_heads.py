@@ -213,9 +213,8 @@ def test_second_backward_determinism_and_purity(impl, device):
     root = pair_loss_head(
         leaf, cu_seqlens=given["cu"], ref_token_logps=given["logps"][1], impl=impl
     ).losses.square()
-    (grad,) = torch.autograd.grad(root.sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd|once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="pair_loss_head: expected one derivative"):
+        torch.autograd.grad(root.sum(), leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", EVERY)
