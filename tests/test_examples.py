@@ -140,6 +140,37 @@ def test_an_accelerate_loop_runs_in_two_processes():
     assert len(losses) == 10 and losses[0] == 0.6931 and losses[-1] < 0.6931
 
 
+def test_spas_training_runs_in_trl(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'prefalign[trl]'")
+    data = tmp_path / "pairs"
+    data.mkdir()
+    lines = (ROOT / "examples/demo/data/seed_pairs.jsonl").read_text().splitlines(True)
+    (data / "train.jsonl").write_text("".join(lines[:12]))
+    options = {
+        "model_name_or_path": ROOT / "examples/demo/model",
+        "dataset_name": data,
+        "output_dir": tmp_path / "out",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "noise_window": 8,
+        "noise_quantile": 0.5,
+        "noise_extrapolation": 0.25,
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    trainer = runpy.run_path(str(ROOT / "examples/trl_noise_aware.py"))["main"](arguments)
+    first, _, last = trainer.state.log_history[:3]
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    # The window was full after two steps of four pairs.
+    assert first["noise/threshold"] == 0 < last["noise/threshold"] and last["noise/alpha"] == 0.1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("path", ["examples/spa_demo.yaml", "examples/ple_demo.yaml"])
 def test_an_example_names_files_that_are_there(path):
     for name in re.findall(r"examples/[\w./]+", (ROOT / path).read_text("utf-8")):

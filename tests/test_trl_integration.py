@@ -402,18 +402,24 @@ def test_the_pages_snippets_run(tmp_path):
 
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/from_trl.md").read_text(), re.S)
     config = build("DPO", tmp_path, model="qwen2", max_steps=2).args
+    scored = [{**row, "chosen_reward": 1.0, "rejected_reward": 0.5} for row in PAIRS]
     names = {
         "config": config,
         "pairs": Dataset.from_list(PAIRS),
+        "scored": Dataset.from_list(scored),
         "tokenizer": tiny_tokenizer(),
-        "ref_model": tiny_model("qwen2"),
+        "small": {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none"},
+        "tmp_path": tmp_path,
     }
     for snippet in snippets:
         if "trainer = " in snippet:
-            names["model"] = tiny_model("qwen2")
-        exec(snippet, names)
-    assert len(snippets) == 3
-    assert names["trainer"].state.global_step == 2
+            names["model"], names["ref_model"] = tiny_model("qwen2"), tiny_model("qwen2")
+        exec(
+            re.sub(r'output_dir="(.*?)"', r'**small, output_dir=str(tmp_path / "\1")', snippet),
+            names,
+        )
+        assert names["trainer"].state.global_step == 2
+    assert len(snippets) == 5
 
 
 @pytest.mark.parametrize("word", [True, False])

@@ -124,6 +124,15 @@ def test_lora_on_the_head_is_refused_by_extrapolation_alone(tmp_path):
     check_a_loss(trainer, inputs, without, 0.0)
 
 
+def test_a_confidence_at_the_threshold_is_not_noise(tmp_path):
+    trainer = build("noise", tmp_path, noise_extrapolation=0.0)
+    trainer.model.train()
+    trainer.threshold.fixed = 0.5
+    trainer.compute_loss(trainer.model, one_batch(trainer))
+    trainer.log(logs := {})
+    assert logs["noise/confidence"] == 0.5 and logs["noise/share"] == 0
+
+
 def test_in_bf16_a_loss_is_near_the_exact_one(tmp_path):
     reference = tiny_model("llama", seed=1)
     losses = []
@@ -286,6 +295,8 @@ def test_it_evaluates(tmp_path, kind):
     trainer = build(kind, tmp_path, eval_dataset={"a": rows}, eval_strategy="steps", eval_steps=3)
     history = logged(trainer)
     assert sum("eval_a_loss" in row for row in history) == 2
+    plain = logged(build(kind, tmp_path))
+    assert [row["loss"] for row in plain[:-1]] == [row["loss"] for row in history if "loss" in row]
     share = {"noise": "noise/share", "enhancement": "ple/ranked"}[kind]
     seen = len(trainer.threshold.recent) if kind == "noise" else 0
     found = trainer.evaluate(rows)

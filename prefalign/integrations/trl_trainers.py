@@ -193,7 +193,6 @@ class NoiseAwareDPOTrainer(PairTrainer):
             window=args.noise_window,
         )
         self._seen: _Seen | None = None
-        self._threshold_now: Tensor | None = None
         self._step_confidences: list[Tensor] = []
         threshold = NoiseThreshold(args.noise_quantile, args.noise_window)
         callbacks = [*(kwargs.pop("callbacks", None) or []), threshold]
@@ -241,13 +240,11 @@ class NoiseAwareDPOTrainer(PairTrainer):
         with self._watching(self.extrapolation if looks else 0.0) as seen:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = found if return_outputs else (found,)
-        threshold = self._threshold_now
-        if threshold is None:
-            threshold = self.threshold.value(loss.device)
+        threshold = self.threshold.value(loss.device)
         metrics = {"noise/alpha": alpha, "noise/threshold": threshold, "noise/share": 0.0}
         if looks:
             margins, confidences = self._margins(seen, inputs)
-            is_noisy = confidences < threshold.to(confidences.device)
+            is_noisy = confidences < threshold
             if alpha:
                 loss = loss + (alpha * is_noisy * margins).mean()
                 metrics["noise/share"] = is_noisy
@@ -281,15 +278,11 @@ class NoiseAwareDPOTrainer(PairTrainer):
         return z, torch.sigmoid(self.beta * (margins(seen.extrapolated) - reference))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run one batch; the batches of an optimiser step are under one threshold."""
-        if self._threshold_now is None:
-            self._threshold_now = self.threshold.value(self.args.device)
+        """Run one batch; after an optimiser step's last one, take its confidences in."""
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:  # the step's last batch
-            if self._step_confidences:
-                seen = torch.cat(self._step_confidences).double()
-                self.threshold.push(torch.stack([torch.zeros_like(seen), seen, seen], dim=1))
-                self.threshold.judged = []  # rows without an id to list them by
-                self._step_confidences = []
-            self._threshold_now = None
+        if self.accelerator.sync_gradients and self._step_confidences:
+            seen = torch.cat(self._step_confidences).double()
+            self.threshold.push(torch.stack([torch.zeros_like(seen), seen, seen], dim=1))
+            self.threshold.judged = []  # rows without an id to list them by
+            self._step_confidences = []
         return loss
