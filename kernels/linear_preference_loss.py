@@ -34,6 +34,13 @@ from torch import Tensor
 from ._autograd import differentiable, wants_grad
 from ._common import check_choice, check_labels, check_number, check_tensor, resolve_impl
 from ._head_math import Head
+from ._loss_arguments import (
+    NOISE_AWARE,
+    check_loss,
+    check_pair_bounds,
+    check_references,
+    is_plain,
+)
 from ._whole_pairs import whole_pairs
 from .enhancement_head import PLE, check_enhancement, enhancement_head, refuse_enhancement
 from .enhancement_loss import EnhancementLoss
@@ -46,14 +53,7 @@ from .linear_token_logps import (
     which_grads,
 )
 from .linear_token_logps_triple import linear_token_logps_triple
-from .loss_heads import (
-    NOISE_AWARE,
-    check_loss,
-    check_pair_bounds,
-    check_references,
-    is_plain,
-    pair_loss_head,
-)
+from .loss_heads import pair_loss_head
 from .losses import Objective, pair_slopes, per_token, sequence_sums
 from .noise_aware_loss import NoiseAwareLoss
 from .pair_plan import PairPlan, plan_pairs
