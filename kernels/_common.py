@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ._autograd import wants_grad
+
 try:
     import triton
     import triton.language as tl
@@ -151,7 +153,7 @@ def check_tensor(
         raise ValueError(
             f"{name}: expected a tensor on {like[1].device}, as {like[0]}, got {value.device}"
         )
-    if constant and value.requires_grad and torch.is_grad_enabled():
+    if constant and torch.is_grad_enabled() and wants_grad(value):
         raise ValueError(
             f"{name}: expected a constant, got a tensor that requires grad; "
             f"this op gives it none, so pass {name}.detach()"

@@ -237,7 +237,7 @@ def check_threshold(value: float | Tensor, like: tuple[str, Tensor], dtype: torc
     if isinstance(value, Tensor):
         check_tensor("threshold", value, ndim=0, like=like, constant=True)
         return value.to(dtype)
-    infinite = isinstance(value, float) and math.isinf(value)
+    infinite = isinstance(value, float) and value in (math.inf, -math.inf)  # Dynamo has no isinf
     number = value if infinite else check_number("threshold", value)
     if abs(number) > torch.finfo(dtype).max:
         number = math.copysign(math.inf, number)

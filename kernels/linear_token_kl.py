@@ -38,11 +38,10 @@ def reference_linear_token_kl(
     """Return the KLs, eagerly; differentiable, in the dtype of ``hidden``."""
     z = head_logits(hidden, weight, bias, head)
     wide = torch.promote_types(z.dtype, torch.float32)
-    with torch.no_grad():
-        ref_z = head_logits(
-            ref_hidden, weight if ref_weight is None else ref_weight, ref_bias, head
-        )
-        ref_logp = ref_z.to(wide).log_softmax(-1)
+    # Detached rather than under no_grad, which forward mode passes through.
+    constants = (ref_hidden, weight if ref_weight is None else ref_weight, ref_bias)
+    ref_z = head_logits(*(x if x is None else x.detach() for x in constants), head)
+    ref_logp = ref_z.to(wide).log_softmax(-1)
     logp = z.to(wide).log_softmax(-1)
     over, under = (ref_logp, logp) if direction == "forward" else (logp, ref_logp)
     apart = (over - under).masked_fill(over == -torch.inf, 0)

@@ -46,11 +46,12 @@ def reference_linear_token_logps_triple(hidden, weight, targets, bias, head, ign
     live = targets != ignore_index
     y = torch.where(live, targets, 0).unsqueeze(-1)
     z = head_logits(hidden, weight, bias, head)
-    with torch.no_grad():
-        ref_weight = weight if ref.weight is None else ref.weight
-        z_ref = head_logits(ref.hidden, ref_weight, ref.bias, head)
-        z_ext = (1 + ref.extrapolation) * z - ref.extrapolation * z_ref
-        z_ext = z_ext.masked_fill(z == -torch.inf, -torch.inf)
+    # Detached rather than under no_grad, which forward mode passes through.
+    fixed = z.detach()
+    ref_weight = (weight if ref.weight is None else ref.weight).detach()
+    z_ref = head_logits(ref.hidden, ref_weight, ref.bias, head)
+    z_ext = (1 + ref.extrapolation) * fixed - ref.extrapolation * z_ref
+    z_ext = z_ext.masked_fill(fixed == -torch.inf, -torch.inf)
     wide = torch.promote_types(z.dtype, torch.float32)
     return TripleLogps(
         *(x.to(wide).log_softmax(-1).gather(-1, y).squeeze(-1).masked_fill(~live, 0)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -279,8 +280,20 @@ def _backward(ctx, grad_out):
 _pairwise_preference_logits = differentiable(_pairwise_preference_logits, _backward, _setup_context)
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_divides(size: int, responses: int) -> int:
+    if size < 1 or responses % size:
+        raise ValueError(
+            f"group_sizes: expected an int that divides the {responses} responses, got {size}"
+        )
+    return size
+
+
 def _sizes(
-    group_sizes: Sequence[int] | Tensor | None, cu_groups: Tensor | None, responses: int
+    group_sizes: int | Sequence[int] | Tensor | None, cu_groups: Tensor | None, responses: int
 ) -> list[int]:
     """Return the sizes of the groups on the host, after checking that they add up."""
     if (group_sizes is None) == (cu_groups is None):
@@ -299,11 +312,13 @@ def _sizes(
         sizes = group_sizes.tolist()
     else:
         name = "group_sizes"
+        if _is_int(group_sizes):
+            group_sizes = [group_sizes] * (responses // _check_divides(group_sizes, responses))
         if not isinstance(group_sizes, Iterable):
             raise TypeError(f"group_sizes: expected integers, got {type(group_sizes).__name__}")
         sizes = list(group_sizes)
         for size in sizes:
-            if isinstance(size, bool) or not isinstance(size, int):
+            if not _is_int(size):
                 raise TypeError(f"group_sizes: expected integers, got {type(size).__name__}")
     if min(sizes, default=0) < 0:
         raise ValueError(f"{name}: expected groups of at least 0 responses, got {min(sizes)}")
@@ -318,7 +333,7 @@ def pairwise_preference_logits(
     policy_logps: Tensor,
     reference_logps: Tensor,
     *,
-    group_sizes: Sequence[int] | Tensor | None = None,
+    group_sizes: int | Sequence[int] | Tensor | None = None,
     cu_groups: Tensor | None = None,
     beta: float = 0.1,
     layout: str = "padded",
@@ -337,9 +352,11 @@ def pairwise_preference_logits(
         reference_logps: ``[R]``, under the reference model. A constant: one that requires grad is
             refused.
         group_sizes: K of each group, a sequence of ints or an integer tensor ``[G]``; 0 is allowed.
+            Or one int, at least 1, for all of them.
         cu_groups: ``[G + 1]``, integer tensor: where each group begins, from 0 to R. Exactly one of
             the two must be given. The sizes are needed on the host: a tensor on a GPU costs a
-            sync, one on the CPU or a sequence none; under ``torch.compile`` pass a sequence.
+            sync, one on the CPU or a sequence none. Under ``torch.compile`` pass one int, or a
+            sequence, which is compiled anew for every number of groups.
         beta: scale of the log-ratios, per nat. Above 0, default 0.1.
         layout: ``"padded"`` or ``"flat"``. Default ``"padded"``.
         impl: ``"auto"``, ``"triton"``, ``"chunked"`` or ``"reference"``. Default ``"auto"``.
@@ -374,23 +391,20 @@ def pairwise_preference_logits(
     beta = check_number("beta", beta, above=0)
     dtype = compute_dtype(policy_logps, reference_logps)
     impl = resolve_impl(impl, policy_logps.device, dtype)
-    sizes = _sizes(group_sizes, cu_groups, policy_logps.shape[0])
-    if impl == "reference":
-        return pairwise_preference_logits_reference(
-            policy_logps, reference_logps, sizes, beta, layout
-        )
-    starts = torch.tensor(
-        [0, *accumulate(sizes)],
-        dtype=torch.int64,
-        device=policy_logps.device if impl == "triton" else "cpu",
-    )
+    R = policy_logps.shape[0]
+    to = {"dtype": torch.int64, "device": policy_logps.device if impl == "triton" else "cpu"}
+    if impl != "reference" and cu_groups is None and _is_int(group_sizes):
+        widest = _check_divides(group_sizes, R)  # no list, which would tie a compiled graph to G
+        starts, elements = torch.arange(0, R + 1, widest, **to), R * widest
+    else:
+        sizes = _sizes(group_sizes, cu_groups, R)
+        if impl == "reference":
+            return pairwise_preference_logits_reference(
+                policy_logps, reference_logps, sizes, beta, layout
+            )
+        widest, elements = max(sizes, default=0), sum(size * size for size in sizes)
+        starts = torch.tensor([0, *accumulate(sizes)], **to)
     return _pairwise_preference_logits(
-        policy_logps,
-        reference_logps,
-        starts,
-        max(sizes, default=0),
-        sum(size * size for size in sizes),
-        beta,
-        layout == "padded",
-        impl,
-    )
+        policy_logps, reference_logps, starts, widest if R else 0, elements, beta,
+        layout == "padded", impl,
+    )  # fmt: skip

@@ -149,9 +149,8 @@ def test_a_second_derivative_is_refused_not_wrong(case):
     # the leaves too, and to autograd it is constant.
     call, leaves, upstreams = case
     outs = call(*leaves)
-    with pytest.raises(RuntimeError, match="expected one derivative|once_diff|not require"):
-        grads = torch.autograd.grad(outs, leaves, upstreams, create_graph=True)
-        sum(grad.square().sum() for grad in grads).backward()
+    with pytest.raises(NotImplementedError, match="expected one derivative, got a second"):
+        torch.autograd.grad(outs, leaves, upstreams, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

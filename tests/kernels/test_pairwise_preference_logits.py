@@ -150,6 +150,24 @@ def test_empty(impl, layout, device):
         assert out.shape == shape and grad.shape == (0,)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", EVERY)
+def test_one_int_is_the_size_of_every_group(impl, layout, device):
+    policy, reference, upstream = example([3, 3], device)
+    upstream = flatten(upstream, [3, 3]) if layout == "flat" else upstream
+    found, wanted = (
+        run(policy, reference, upstream, impl, group_sizes=sizes, layout=layout)
+        for sizes in (3, [3, 3])
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    none = torch.zeros(0, device=device)
+    found, wanted = (
+        pairwise_preference_logits(none, none, group_sizes=sizes, layout=layout, impl=impl)
+        for sizes in (3, [])
+    )
+    assert found.shape == wanted.shape
+
+
 @pytest.mark.parametrize("impl", ("chunked", "reference"))
 def test_float64_stays(impl, device):
     policy, reference, _ = example([3, 2], device, torch.float64)
@@ -165,6 +183,9 @@ BAD = {
         "cu_groups": torch.tensor([0, 5]),
     },
     "group_sizes: expected groups of 5 responses in all, got 4": {"group_sizes": [3, 1]},
+    "group_sizes: expected an int that divides the 5 responses, got 2": {"group_sizes": 2},
+    "group_sizes: expected an int that divides the 5 responses, got 0": {"group_sizes": 0},
+    "group_sizes: expected integers, got bool": {"group_sizes": True},
     "group_sizes: expected groups of at least 0 responses, got -1": {"group_sizes": [6, -1]},
     "group_sizes: expected integers, got float": {"group_sizes": [5.0]},
     "group_sizes: expected dtype int32, int64, got float32": {"group_sizes": torch.tensor([5.0])},
