@@ -4,7 +4,8 @@ A preference loss with a regulariser other than the reverse KL compares f'(pi / 
 sequences in the place of log(pi / pi_ref). Each is a value and a derivative by the log-ratio r in
 nats, in torch and in Triton; ``p`` is the one number that two of them take.
 
-Source: f-DPO, Wang et al., "Beyond Reverse KL", arXiv 2309.16240, table 1 and equation 12.
+Source: f-DPO, Wang et al., "Beyond Reverse KL", arXiv 2309.16240. Its alpha is 1 minus ours, which
+is TRL's.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ from ._loss_arguments import (
 from ._pair_losses import Pairs
 from .enhancement_head import PLE, check_enhancement, enhancement_head, refuse_enhancement
 from .losses import Objective, log_ratios, pair_values, per_token, sequence_sums, sides
-from .preference_loss import check_device, of_terms, preference_loss_reference
+from .objectives import impl_of
+from .preference_loss import of_terms, preference_loss_reference
 from .sequence_logps import _check_spans, sequence_logps, sequence_logps_reference
 from .token_weights import length_desensitized_weights
 
@@ -377,7 +378,7 @@ def pair_loss_head(
             "extrapolated_token_logps: expected a tensor with loss='noise_aware' and None with "
             f"any other, got {type(extrapolated_token_logps).__name__} with {loss!r}"
         )
-    impl = resolve_impl(impl, token_logps.device, dtype)
+    impl = impl_of(terms, impl, resolve_impl(impl, token_logps.device, dtype))
     cu_seqlens = cu_seqlens.contiguous()
     if ld_alpha is not None:
         of_token = length_desensitized_weights(cu_seqlens, ld_alpha, mask=mask, tokens=shape[0])
@@ -401,7 +402,6 @@ def pair_loss_head(
             token_logps, cu_seqlens, ref, extrapolated_token_logps, mask, weights, alpha,
             threshold, objective,
         )  # fmt: skip
-    check_device(objective, impl)
     *outputs, _, is_noisy, confidences = _pair_loss_head(
         token_logps, ref, extrapolated_token_logps, mask, cu_seqlens, weights, alpha, threshold,
         ref_token_logps is not None, *objective, impl,

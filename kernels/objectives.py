@@ -75,6 +75,20 @@ def couples_batch(terms: Sequence[Term]) -> bool:
     return any(term.kind in COUPLED for term in terms)
 
 
+def impl_of(terms: Sequence[Term], asked: str, impl: str) -> str:
+    """Return the implementation: where none was ``asked`` for, chunked for rows without a kernel.
+
+    Raises:
+        ValueError: Triton was asked for, and a row has no function for it.
+    """
+    for objective in (term.objective for term in terms):
+        if impl == "triton" and objective.row.device is None:
+            if asked == "auto":
+                return "chunked"
+            raise ValueError(f"impl: 'triton' needs a device function, {objective.loss!r} has none")
+    return impl
+
+
 def resolve(
     loss_type: str | Sequence[str],
     *,

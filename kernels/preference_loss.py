@@ -27,7 +27,7 @@ from ._autograd import differentiable
 from ._common import FLOATS, INTEGERS, check_number, check_tensor, compute_dtype, resolve_impl
 from .loss_rows import Number
 from .losses import Objective, log_ratios, scores
-from .objectives import Term, resolve
+from .objectives import Term, impl_of, resolve
 
 
 class PreferenceLoss(NamedTuple):
@@ -201,8 +201,8 @@ def preference_loss(
         betas=betas,
     )
     floats = (*inputs.policy, *inputs.reference, weights, betas)
-    impl = resolve_impl(impl, policy_chosen_logps.device, compute_dtype(*floats))
-    return of_terms(inputs, terms, impl)
+    found = resolve_impl(impl, policy_chosen_logps.device, compute_dtype(*floats))
+    return of_terms(inputs, terms, impl_of(terms, impl, found))
 
 
 def _check_beta(beta: Any, like: tuple[str, Tensor]) -> tuple[float, Tensor | None]:
@@ -252,19 +252,12 @@ def of_terms(pairs: _pair_losses.Pairs, terms: Sequence[Term], impl: str) -> Pre
 def _of_one(pairs: _pair_losses.Pairs, objective: Objective, impl: str) -> PreferenceLoss:
     if impl == "reference":
         return preference_loss_reference(pairs, objective)
-    check_device(objective, impl)
     return PreferenceLoss(
         *_preference_loss(
             *pairs.policy, *pairs.reference, *pairs.counts, pairs.weights, pairs.betas, *objective,
             impl,
         )[:3]
     )  # fmt: skip
-
-
-def check_device(objective: Objective, impl: str) -> None:
-    """Check that a row that is to run in Triton has a function for it."""
-    if impl == "triton" and objective.row.device is None:
-        raise ValueError(f"impl: 'triton' needs a device function, {objective.loss!r} has none")
 
 
 def _matched(pairs: _pair_losses.Pairs, kind: str) -> _pair_losses.Pairs:

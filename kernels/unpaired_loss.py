@@ -319,8 +319,8 @@ def unpaired_loss(
         any log-ratio; a weight of 0 gives 0 even where that is infinite or NaN. No host sync.
 
     Source:
-        KTO: Ethayarajh et al., arXiv 2402.01306, equation 8. APO-zero: D'Oosterlinck et al.,
-        arXiv 2408.06266, equation 7. BCO: Jung et al., arXiv 2404.04656.
+        KTO: Ethayarajh et al., arXiv 2402.01306, equation 7 of version 1. APO-zero: D'Oosterlinck
+        et al., arXiv 2408.06266, equation 7. BCO: Jung et al., arXiv 2404.04656.
     """
     check_tensor("policy_logps", policy_logps, ndim=1)
     like, shape = ("policy_logps", policy_logps), policy_logps.shape

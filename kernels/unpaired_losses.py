@@ -76,7 +76,7 @@ UNPAIRED_LOSSES: dict[str, UnpairedRow] = {
         sigmoid_slope,
         sigmoid_device,
         "log-ratio",
-        "KTO, arXiv 2402.01306, equation 8; the baseline is its z0",
+        "KTO, arXiv 2402.01306, equation 7 of version 1; the baseline is its z0",
     ),
     "apo_zero_unpaired": UnpairedRow(
         sigmoid_value,

@@ -297,7 +297,7 @@ class FusedLinearKTOLoss(FusedLinear):
         average_log_prob: Whether scores are means over tokens. Default False.
         chunk_size: Has no effect.
 
-    Source: arXiv 2402.01306, equation 8, with both weights 1.
+    Source: arXiv 2402.01306, equation 7 of version 1, with both weights 1.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from pair_losses import LOPSIDED
 from prefalign.kernels.divergences import DIVERGENCES, resolve_divergence
 from prefalign.kernels.loss_heads import pair_loss_head
 from prefalign.kernels.losses import LOSSES
-from prefalign.kernels.objectives import COUPLED, RECIPES, loss_names
+from prefalign.kernels.objectives import COUPLED, RECIPES, impl_of, loss_names, resolve
 from prefalign.kernels.preference_loss import preference_loss
 from tolerance import assert_as_exact_as_eager
 
@@ -275,6 +275,11 @@ def test_a_row_without_a_device_function_is_refused_by_triton_alone(monkeypatch,
     assert run(given, "chunked", loss_type="mine")["losses"].isfinite().all()
     with pytest.raises(ValueError, match="impl: 'triton' needs a device function, 'mine' has none"):
         run(given, "triton", loss_type="mine")
+    # What "auto" means on a GPU, where Triton would be taken.
+    mine, known = resolve("mine"), resolve(("sigmoid", "hinge"))
+    assert impl_of(mine, "auto", "triton") == "chunked"
+    assert impl_of(known, "auto", "triton") == impl_of(known, "triton", "triton") == "triton"
+    assert impl_of(mine, "auto", "chunked") == "chunked"
 
 
 ONES = torch.ones(3)

@@ -1,4 +1,4 @@
-"""A loss of pairs whose slopes are not opposite and depend on the lengths: what the table allows."""
+"""A loss of pairs whose slopes are not opposite and depend on the lengths: the table allows it."""
 
 from prefalign.kernels._common import jit, tl
 from prefalign.kernels.losses import PairLoss
