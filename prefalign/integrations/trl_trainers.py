@@ -7,8 +7,7 @@
     trainer.train()
 
 Data, collator, PEFT, the reference and metrics are TRL's; the loss, its threshold and its schedule
-are those of ``noise_aware.NoiseAwareTrainer``. PLE's trainer is in
-``trl_enhancement``.
+are those of ``noise_aware.NoiseAwareTrainer``. PLE's trainer is in ``trl_enhancement``.
 
 SPA's loss (arXiv 2406.04412) is DPO's and one term, for ``log sigmoid(-z) = log sigmoid(z) - z``::
 
@@ -162,7 +161,8 @@ class NoiseAwareDPOTrainer(PairTrainer):
         ImportError: TRL is of a version that is not tested.
         TypeError: ``args`` is of another class.
         ValueError: A setting that is not supported, named: another loss, or reference log-probs
-            computed beforehand, which are not enough to extrapolate from. And as ``fuse``.
+            computed beforehand, which are not enough to extrapolate from. In training, an empty
+            prompt after PEFT's virtual tokens. And as ``fuse``.
         ModelError: LoRA on the head where there is extrapolation, a reference whose head does not
             fit. And as ``fuse``.
     """
