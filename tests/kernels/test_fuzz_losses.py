@@ -24,7 +24,7 @@ from fuzzing import (
     spoil,
 )
 from hypothesis import given
-from loss_strategies import TokensCase, WholeCase, tokens_cases, whole_cases
+from loss_strategies import SIGMOID, TokensCase, WholeCase, tokens_cases, whole_cases
 from pair_losses import LOPSIDED
 from prefalign.kernels import _loss_heads_triton, pair_plan
 from prefalign.kernels.linear_preference_loss import linear_preference_loss
@@ -63,6 +63,9 @@ def loss_terms(case, unit, total):
     if case.loss == "lopsided":  # of means
         slope = (beta + 1) * (beta * unit + unit + 1)
         return (beta * unit + 1) ** 2 + beta * unit**2 + unit, slope, slope
+    if case.loss == "ipo":  # of means too
+        error = 2 * unit + 1 / beta
+        return error**2, 2 * error, 2 * error
     return 1 + beta * total, beta, beta * beta * total
 
 
@@ -161,7 +164,7 @@ def check_tokens_in_blocks(case):
             contract(value, ours, wanted.double(), name, inside)
     if case.same and case.tokens and case.hole is None and len({x.dtype for x in given}) == 1:
         laid = {x for x in case.layouts if x == "expanded"}
-        if not laid and case.weights is None and case.loss != "lopsided":
+        if not laid and case.weights is None and case.loss in SIGMOID:
             assert (actual["losses"] == torch.tensor(2.0, dtype=wide).log()).all(), "not ln 2"
 
 
@@ -342,7 +345,7 @@ def check_whole_in_tiles(case):
     one_head = not case.head.two_heads and not case.head.ref_bias
     if case.head.same and case.tokens and one_head and "expanded" not in case.head.layouts:
         assert (actual["chosen_rewards"] == 0).all() and (actual["rejected_rewards"] == 0).all()
-        if case.weights is None and case.loss != "lopsided" and case.reduction == "none":
+        if case.weights is None and case.loss in SIGMOID and case.reduction == "none":
             assert (actual["losses"] == torch.tensor(2.0, dtype=wide).log()).all(), "not ln 2"
 
 
