@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "docs/plain_pytorch.md": ("peft",),
     "docs/custom_losses.md": ("triton",),
+    "docs/compile.md": (),
 }
 """The pages, and what is not prefalign's own that their snippets import."""
 
@@ -65,6 +66,13 @@ def test_the_pages_snippets_run(page, monkeypatch, tmp_path, one_process):
     monkeypatch.chdir(tmp_path)
     with patch.dict(LOSSES):  # a page may add rows of its own
         run(page, monkeypatch)
+
+
+def test_the_tests_that_the_pages_name_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/compile.md").read_text("utf-8")))
+    files = (ROOT / "tests" / "kernels").glob("test_*.py")
+    there = {name for f in files for name in re.findall(r"^def (test_\w+)", f.read_text(), re.M)}
+    assert named and named <= there
 
 
 # The tables of losses, against the code

@@ -64,6 +64,16 @@ def test_grad_and_vjp_give_autograd_s_gradients(name):
     torch.testing.assert_close(frozen, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["linear_token_logps", "enhancement_loss", "pair_loss_head"])
+def test_triton_is_transformed_as_well(name, device):
+    if device.type != "cpu":
+        pytest.skip("the model of these tests is on the CPU, where Triton is interpreted")
+    call, args, upstream = function(name, "triton")
+    _, wanted = by_autograd(call, args, upstream)
+    found = grad(weighted(call, upstream), argnums=(0, 1))(*args)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_vmap_gives_each_element_s(name):
     call, (hidden, weight), upstream = function(name)
@@ -179,7 +189,7 @@ def test_the_reference_has_what_is_refused(name):
     torch.testing.assert_close(found, (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-6)
 
 
-def test_constants_have_no_tangent():
+def test_constants_of_the_reference_have_no_tangent():
     # no_grad does not stop forward mode.
     hidden, ref_hidden, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4)
     targets, none = torch.tensor([1, 4, 0]), torch.zeros(3)
@@ -190,11 +200,6 @@ def test_constants_have_no_tangent():
     args = hidden, ref_hidden, weight
     _, (policy, *others) = jvp(triple, args, args)
     assert policy.abs().sum() and all(torch.equal(x, none) for x in others)
-    policy, reference = (
-        jvp(lambda h, r, w=weight: P.linear_token_kl(h, r, w, impl="reference"), args[:2], given)[1]
-        for given in ((hidden, 0 * hidden), (0 * hidden, ref_hidden))
-    )
-    assert policy.abs().sum() and torch.equal(reference, none)
 
 
 def test_a_hessian_by_the_reference():
@@ -208,22 +213,40 @@ def test_a_hessian_by_the_reference():
         hessian(lambda x: P.token_logps(x, targets).sum())(logits)  # forward over reverse
 
 
-def test_a_transform_in_a_compiled_region():
-    call, (hidden, weight), upstream = function("linear_token_logps")
-    targets = torch.randint(29, hidden.shape[:1])
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_a_transform_in_a_compiled_region(transform):
+    hidden, weight, targets = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([1, -100, 6, 2])
 
-    def transformed(h, impl="chunked"):
-        return grad(lambda x: P.linear_token_logps(x, weight, targets, impl=impl).sum())(h)
+    def transformed(h, impl):
+        def logps(x):
+            return P.linear_token_logps(x, weight, targets, impl=impl)
 
-    torch._dynamo.reset()
+        if transform == "grad":
+            return grad(lambda x: logps(x).sum())(h)
+        return vmap(logps)(torch.stack([h, 2 * h]))
+
+    def compiled(impl, **options):
+        torch._dynamo.reset()
+        return torch.compile(transformed, backend="aot_eager", **options)(hidden, impl)
+
+    wanted = transformed(hidden, "chunked")
     with pytest.raises(Exception, match="linear_token_logps: expected torch.func .* outside torch"):
-        torch.compile(transformed, fullgraph=True, backend="aot_eager")(hidden)
+        compiled("chunked", fullgraph=True)
+    assert torch.equal(compiled("chunked"), wanted)  # a graph break
+    if transform == "grad":
+        whole = compiled("reference", fullgraph=True)
+        torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_dual_tensors_given_to_a_compiled_function():
+    logits, targets = torch.randn(2, 3), torch.tensor([1, 0])
     torch._dynamo.reset()
-    found = torch.compile(transformed, backend="aot_eager")(hidden)  # a graph break
-    assert torch.equal(found, transformed(hidden))
-    torch._dynamo.reset()
-    whole = torch.compile(transformed, fullgraph=True, backend="aot_eager")(hidden, "reference")
-    torch.testing.assert_close(whole, found, rtol=1e-4, atol=1e-6)
+    call = torch.compile(lambda x: P.token_logps(x, targets), fullgraph=True, backend="aot_eager")
+    with (
+        pytest.raises(Exception, match="token_logps: expected reverse mode"),
+        forward_ad.dual_level(),
+    ):
+        call(forward_ad.make_dual(logits, logits))
 
 
 @pytest.mark.parametrize("outputs", [("lse", "mean_logits"), ("lse", "mean_logits", "entropy")])
