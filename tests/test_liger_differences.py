@@ -85,6 +85,8 @@ def test_where_liger_is_wrong_ours_is_float64s(theirs, kind):
     if not math.isnan(losses[2]):  # else the mean of no tokens, which is 0 here
         assert abs(losses[1] - losses[2]) <= 1e-5 * max(1, losses[2])
     assert all(grad.isfinite().all() for grad in ours[2])
+    for mine, answer in zip(ours[1], exact[1], strict=True):
+        assert not (mine - answer).abs().max() > 1e-5 * max(1, answer.abs().max())
     for mine, answer in zip(ours[2], exact[2], strict=True):
         # Of 1 - p, where p is nearly 1, float32 leaves little: ORPO's gradients.
         allowed = (0.03 if name == "ORPO" else 1e-5) * answer.abs().max()
