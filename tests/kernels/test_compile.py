@@ -5,7 +5,9 @@ import functools
 import pytest
 import torch
 import torch._dynamo.testing
-from compiled import EVERY, LISTS, OPS, TinyCausal, make_batch, step
+from compiled import EVERY, LISTS, OPS, D, TinyCausal, make_batch, step
+from prefalign.kernels import modules
+from prefalign.kernels.objectives import loss_names
 from tiny_models import VOCAB, tiny_model
 
 import prefalign as P
@@ -95,6 +97,50 @@ def test_a_list_of_sizes_is_compiled_for(name):
         with pytest.raises(RuntimeError, match=RECOMPILED):
             check(model, call, LENGTHS[1])
     check(model, call, LENGTHS[1])
+
+
+@pytest.mark.parametrize("loss", loss_names())
+def test_every_loss_of_the_table(loss):
+    smoothing = {"label_smoothing": 0.1} if loss in ("cdpo", "exo_pair") else {}
+
+    def both(logps, cu, refs):
+        sums, counts = P.sequence_logps(logps, cu_seqlens=cu)
+        apart = P.preference_loss(
+            sums[0::2], sums[1::2], refs[0::2], refs[1::2], loss_type=loss,
+            chosen_counts=counts[0::2], rejected_counts=counts[1::2], **smoothing,
+        )  # fmt: skip
+        whole = P.pair_loss_head(logps, cu_seqlens=cu, ref_logps=refs, loss=loss, **smoothing)
+        return apart.losses, whole.losses
+
+    call = compiled(both, backend="eager", dynamic=True)
+    for i, lengths in enumerate(LENGTHS[:3]):
+        batch = make_batch(lengths, seed=i)[1]
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            found = call(batch.ref_hidden[:, 0], batch.cu, batch.refs)
+        torch.testing.assert_close(found, both(batch.ref_hidden[:, 0], batch.cu, batch.refs))
+
+
+def test_modules():
+    ids, batch = make_batch(LENGTHS[0])
+    model = TinyCausal(None)
+    hidden, logps = model.hidden(ids), batch.refs
+    four = logps, logps.flip(0), -logps, logps / 2
+    lengths = batch.lengths, batch.lengths.flip(0)
+    calls = {
+        modules.TokenLogps(softcap=5.0): (hidden, batch.targets % D),
+        modules.LinearTokenLogps(outputs=("entropy",)): (model.head, hidden, batch.targets),
+        modules.SequenceLogps(): (hidden[:, 0], batch.cu),
+        modules.PreferenceLoss(beta=0.3): four,
+        modules.NoiseAwareLoss(): (*four, logps, -logps),
+        modules.UnpairedLoss(loss_type="apo_zero_unpaired"): (*four[:2], logps > 0),
+        modules.EnhancementLoss(): (*four, *lengths),
+        modules.PairwisePreferenceLogits(): (logps, logps.flip(0), 2),
+    }
+    for module, given in calls.items():
+        with_threshold = isinstance(module, modules.NoiseAwareLoss | modules.EnhancementLoss)
+        options = {"threshold": 0.1} if with_threshold else {}
+        found = compiled(module, backend="eager")(*given, **options)
+        torch.testing.assert_close(found, module(*given, **options))
 
 
 def test_a_whole_model_by_inductor():
