@@ -307,12 +307,13 @@ def apo_down_device(a, b, beta, label_smoothing, extra, INNER: tl.constexpr):
     return kept + lost, beta * kept * confidence_device(-beta * a) - turn, turn
 
 
-# A mean log-prob of 0 has infinite odds; the nearest one below 0 stands for it.
-_NEARLY_SURE = -(2.0**-24)
+# A mean log-prob of 0 has infinite odds. Those of one so near to it, and their slope, are finite.
+_NEARLY_SURE = -(2.0**-100)
 _NEARLY_SURE_DEVICE = tl.constexpr(_NEARLY_SURE)
 
 
-def _log_odds(a: Tensor) -> Tensor:
+def log_odds(a: Tensor) -> Tensor:
+    """Return log(e^a / (1 - e^a)), the log odds of a probability e^a, a below 0."""
     a = a.clamp(max=_NEARLY_SURE)
     return a - (-a.expm1()).log()
 
@@ -321,12 +322,12 @@ def odds_ratio_value(
     a: Tensor, b: Tensor, beta: Number, label_smoothing: Number, extra: float
 ) -> Tensor:
     """Return ``-beta * log sigmoid(log odds(a) - log odds(b))``, odds(a) = e^a / (1 - e^a)."""
-    return -beta * F.logsigmoid(_log_odds(a) - _log_odds(b))
+    return -beta * F.logsigmoid(log_odds(a) - log_odds(b))
 
 
 def odds_ratio_slopes(a: Tensor, b: Tensor, beta: Number, label_smoothing: Number, extra: float):
     """Return the derivatives of ``odds_ratio_value`` by ``a`` and ``b``."""
-    slope = -beta * (_log_odds(b) - _log_odds(a)).sigmoid()
+    slope = -beta * (log_odds(b) - log_odds(a)).sigmoid()
     a, b = (
         torch.where(x <= _NEARLY_SURE, -1 / x.clamp(max=_NEARLY_SURE).expm1(), 0) for x in (a, b)
     )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels._common import check_choice, check_number, check_tensor
-from ..kernels.loss_rows import _log_odds
+from ..kernels.loss_rows import log_odds
 from ..kernels.unpaired_loss import unpaired_loss
 from ._liger_scores import FusedLinear, Output, Paired, Reference, check_head, logit_sums, sequences
 
@@ -278,7 +278,7 @@ class FusedLinearORPOLoss(Paired):
         and of the log odds ratio.
         """
         loss, stats = self._run(lin_weight, _input, target, bias, nll_target=nll_target)
-        ratios = _log_odds(stats[0]) - _log_odds(stats[1])
+        ratios = log_odds(stats[0]) - log_odds(stats[1])
         pairs = max(1, len(ratios))
         return loss, (*stats, F.logsigmoid(ratios).sum() / pairs, ratios.sum() / pairs)
 

@@ -165,6 +165,21 @@ def test_divergences_in_every_kernel(impl, name, kind, device):
         assert_as_exact_as_eager(value, eager[key], exact[key], key, inside=size)
 
 
+@pytest.mark.parametrize("impl", (*IMPLS, "reference"))
+def test_odds_of_nearly_sure_sequences(impl, device):
+    # As near to probability 1 as linear_token_logps tells apart, and past it.
+    sure = torch.tensor([-1e-4, -1.44e-8, -1e-10, -1e-30, 0.0], device=device)
+    other = torch.full_like(sure, -1e-3)
+    counts = [torch.ones(5, dtype=torch.int64, device=device)] * 2
+    for logps in ([sure, other], [other, sure], [sure, sure]):
+        given = (logps, counts, torch.ones_like(sure))
+        found = run(given, impl, loss_type="odds_ratio", reference=False)
+        exact = run(given, "reference", torch.float64, loss_type="odds_ratio", reference=False)
+        for key, value in found.items():
+            assert value.isfinite().all(), key
+            torch.testing.assert_close(value[:4].double(), exact[key][:4], rtol=1e-4, atol=1e-12)
+
+
 # Rows whose value grows without end with the margin, by their nature.
 UNBOUNDED = ("ipo", "sppo_hard", "discopop")
 
