@@ -141,6 +141,12 @@ def check_tensor(
         raise TypeError(f"{name}: expected dtype {wanted}, got {_dtype_name(value)}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: expected a whole tensor, got a DTensor, as FSDP2 has: pass the output head as "
+            "prefalign.models.with_head hands it over, others as full_tensor(), with its gradient "
+            "summed over the processes"
+        )
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimension(s), got shape {_shape(value)}")
     if value.ndim < min_ndim:

@@ -44,15 +44,17 @@ def test_another_trainer_is_refused(tmp_path):
 def refused_settings():
     from transformers import ProcessorMixin
 
-    zero = SimpleNamespace(zero_stage=3)
+    zero = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    sharded = [SimpleNamespace(state=zero), SimpleNamespace(is_fsdp2=True, state=None)]
     yield "use_liger_kernel", lambda t: setattr(t.args, "use_liger_kernel", True)
-    yield "FSDP", lambda t: setattr(t, "is_fsdp_enabled", True)
-    yield (
-        "ZeRO-3",
-        lambda t: setattr(
-            t, "accelerator", SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=zero))
-        ),
-    )
+    yield "FSDP1", lambda t: setattr(t, "is_fsdp_enabled", True)
+    for accelerator in sharded:
+        yield (
+            "FSDP2 or DeepSpeed's ZeRO-3 with this trainer",
+            lambda t, accelerator=accelerator: vars(t).update(
+                accelerator=accelerator, _logps_op=None
+            ),
+        )
     yield (
         "processing_class",
         lambda t: setattr(

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._head import head_arguments, read_head, refuse_head_adapter
+from .._head import Head, head_arguments, read_head, refuse_head_adapter, with_head
 from ..attention import causal_lm
 from ..errors import ModelError
 from ..kernels.linear_token_logps import linear_token_logps
@@ -41,6 +41,8 @@ TRAINERS = ("DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTraine
 # which decides whether it drops the rows without a label: here they are dropped on any device.
 _OP = "_ChunkedLogProbFunction"
 _DROPS_ROWS = "_use_triton"
+# Its context that gathers the head under ZeRO-3: here ``with_head`` does, for backward as well.
+_GATHERS = "maybe_gather_lm_head_ctx"
 
 
 def fuse(trainer: Any) -> None:
@@ -58,7 +60,7 @@ def fuse(trainer: Any) -> None:
     Raises:
         ImportError: TRL is missing, or of a version that is not in ``TESTED``.
         TypeError: Another trainer.
-        ValueError: A setting that is not supported, named: Liger's kernels, FSDP, ZeRO-3, tensor
+        ValueError: A setting that is not supported, named: Liger's kernels, FSDP1, tensor
             parallelism, a processor of images, SFT's label smoothing or loss function.
         ModelError: A head that is not supported, or a model whose forward pass is not TRL's.
     """
@@ -77,7 +79,8 @@ def fuse(trainer: Any) -> None:
     for model, forward in before:
         # A trainer may watch what passes through the heads (``trl_trainers``).
         op = getattr(trainer, "_logps_op", _FusedLogps)(model)
-        _install(model, _rebound(forward, {_OP: op, _DROPS_ROWS: lambda device: True}), trainer)
+        names = {_OP: op, _DROPS_ROWS: lambda device: True, _GATHERS: lambda *head: nullcontext()}
+        _install(model, _rebound(forward, names), trainer)
 
 
 def unfuse(trainer: Any) -> None:
@@ -160,27 +163,29 @@ class _FusedLogps:
         outputs: Sequence[str],
     ) -> tuple[Tensor | None, ...]:
         # The head is read anew: an adapter on it is not in ``weight``, and may have been switched.
-        head = read_head(self.model)
-        if (softcap or None) != head.softcap or not math.isclose(logit_scale, head.logit_scale):
-            raise ModelError(
-                f"{type(self.model).__name__}: TRL reads a logit scale of {logit_scale} and a "
-                f"softcap of {softcap} from its config, expected {head.logit_scale} and "
-                f"{head.softcap}: train it without fuse"
+        def logps(hidden: Tensor, head: Head) -> tuple[Tensor | None, ...]:
+            if (softcap or None) != head.softcap or not math.isclose(logit_scale, head.logit_scale):
+                raise ModelError(
+                    f"{type(self.model).__name__}: TRL reads a logit scale of {logit_scale} and a "
+                    f"softcap of {softcap} from its config, expected {head.logit_scale} and "
+                    f"{head.softcap}: train it without fuse"
+                )
+            found = linear_token_logps(
+                hidden,
+                targets=targets,
+                temperature=temperature,
+                outputs=["lse", *(name for name in outputs if name != "log_probs")],
+                **head_arguments(head, hidden),
             )
-        found = linear_token_logps(
-            hidden,
-            targets=targets,
-            temperature=temperature,
-            outputs=["lse", *(name for name in outputs if name != "log_probs")],
-            **head_arguments(head, hidden),
-        )
-        return (
-            found.logps,
-            found.entropy,
-            found.log_sum_sq_probs,
-            found.mean_logits,
-            found.is_top1,
-        )
+            return (
+                found.logps,
+                found.entropy,
+                found.log_sum_sq_probs,
+                found.mean_logits,
+                found.is_top1,
+            )
+
+        return with_head(self.model, hidden, logps)
 
 
 def _check_version() -> None:
@@ -207,12 +212,14 @@ def _check_trainer(trainer: Any) -> None:
         )
     args, accelerator = trainer.args, trainer.accelerator
     zero = getattr(getattr(accelerator.state, "deepspeed_plugin", None), "zero_stage", None)
+    fsdp2 = getattr(accelerator, "is_fsdp2", False)
     parallel = getattr(accelerator, "parallelism_config", None)
     smoothing = isinstance(trainer, trl.SFTTrainer) and args.label_smoothing_factor
     refused = {
         "use_liger_kernel=True (it replaces parts of the model)": args.use_liger_kernel,
-        "FSDP (use DDP)": trainer.is_fsdp_enabled,
-        "DeepSpeed's ZeRO-3 (use stages 0 to 2)": zero == 3,
+        "FSDP1 (use FSDP2)": trainer.is_fsdp_enabled and not fsdp2,
+        "FSDP2 or DeepSpeed's ZeRO-3 with this trainer (use DDP or ZeRO-2)": (fsdp2 or zero == 3)
+        and hasattr(trainer, "_logps_op"),
         "tensor parallelism": parallel is not None and parallel.tp_size > 1,
         "a processing_class that is a processor, as vision models have": isinstance(
             trainer.processing_class, ProcessorMixin
