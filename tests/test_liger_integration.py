@@ -358,3 +358,27 @@ def test_no_pairs_and_no_tokens(name):
     call["target"][:] = -100
     loss, stats, grads = run(build(liger, name, **options), call)
     assert loss.isfinite() and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_logits_are_made(name):
+    S, T, V = 4, 40, 8192
+    options, call = example(name, (S, T, 8, V))
+    rows = int((call["target"] != -100).sum())
+    seen = []
+    for library in (liger, None):  # and logits are seen where there are some
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            if library is None:
+                call["_input"] @ call["lin_weight"].T
+            else:
+                run(build(library, name, **options), call)
+        events, sizes = list(profile.profiler.kineto_results.experimental_event_tree()), [0]
+        while events:
+            event = events.pop()
+            events += event.children
+            if event.name == "[memory]":
+                sizes.append(event.extra_fields.alloc_size)
+        seen.append(max(sizes))
+    assert seen[0] < rows * V * 2 < seen[1]  # of the rows that count, in half precision
