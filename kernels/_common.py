@@ -143,9 +143,8 @@ def check_tensor(
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if hasattr(value, "full_tensor"):
         raise TypeError(
-            f"{name}: expected a whole tensor, got a DTensor, as FSDP2 has: pass the output head as "
-            "prefalign.models.with_head hands it over, others as full_tensor(), with its gradient "
-            "summed over the processes"
+            f"{name}: expected a whole tensor, got a DTensor (a shard of FSDP2's): take an output "
+            "head from prefalign.models.with_head, which gathers it and its gradient"
         )
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimension(s), got shape {_shape(value)}")

@@ -25,7 +25,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import prefalign
 from prefalign.attention import use_packed_attention
+from prefalign.enhancement import EnhancementTrainer
 from prefalign.models import head_arguments, with_head
+from prefalign.ple_config import EnhancementSettings
 from prefalign.references import reference_of, snapshot_reference
 from prefalign.sft_trainer import SFTTrainer
 from prefalign.trainer import PreferenceTrainer
@@ -72,6 +74,7 @@ TRAINERS = {
     "dpo, checkpointing": {"name": UNTIED, "arguments": {"gradient_checkpointing": True}},
     "noise-aware, tied head": {"name": TIED, "kind": "noise"},
     "noise-aware, exact threshold": {"name": UNTIED, "kind": "noise", "threshold": "exact"},
+    "enhancement": {"name": UNTIED, "kind": "enhancement"},
     "sft": {"name": UNTIED, "kind": "sft"},
     "lora, adapter off": {"name": TIED, "lora": LORA, "reference": "off"},
     "lora, noise-aware, second adapter": {"name": UNTIED, "kind": "noise", "lora": LORA},
@@ -100,8 +103,11 @@ def run_trainer(engine, folder, *, name, kind="dpo", lora=None, reference="snaps
         kwargs = {"trainer_class": SFTTrainer}
     elif kind == "noise":
         kwargs = noise_kwargs(threshold=threshold)
+    elif kind == "enhancement":
+        kwargs = {"trainer_class": EnhancementTrainer, "threshold": 0.25}
+        kwargs["enhancement"] = EnhancementSettings()
     trainer_class = kwargs.pop("trainer_class")
-    if kind != "sft":
+    if kind in ("dpo", "noise"):
         off = reference == "off"
         kwargs["reference"] = reference_of(model) if off else snapshot_reference(model)
     extras = ENGINES[engine] | (arguments or {})
@@ -118,7 +124,7 @@ def run_trainer(engine, folder, *, name, kind="dpo", lora=None, reference="snaps
         warmup_ratio=0.0,
         arguments=ARGUMENTS | extras,
     )
-    groups = random_groups(24)
+    groups = [replace(g, extras={"rewards": [g.example_id / 12, 1]}) for g in random_groups(24)]
     made = training_arguments(
         settings, folder, num_groups=24, epochs=1, max_steps=3, num_processes=WORLD
     )
