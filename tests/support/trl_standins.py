@@ -20,7 +20,7 @@ _WIDTHS = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
-# What an architecture needs besides, by the start of its class's name.
+# What an architecture needs besides, by the start of its class's name; the first counts.
 _CONFIGS = {
     "Cohere": {"logit_scale": 1.0},
     "DeepseekV3": {
@@ -55,7 +55,7 @@ _CONFIGS = {
     "Qwen3Moe": {**_EXPERTS, "num_experts": 4, "head_dim": 4},
     "Qwen3": {"head_dim": 4},
 }
-# An id, TRL's file with its chat template, and what ends a turn and pads there.
+# TRL's file with an architecture's chat template, and what ends a turn and pads there.
 _CHATS = {
     "Cohere2": ("cohere2", "<|END_OF_TURN_TOKEN|>", "<PAD>"),
     "Cohere": ("cohere", "<|END_OF_TURN_TOKEN|>", "<PAD>"),
@@ -153,8 +153,6 @@ def save_model(name: str, folder: Path) -> None:
     tokenizer = tokenizer_for("Llama" if remote else architecture)
     model_class = getattr(transformers, "LlamaForCausalLM" if remote else architecture)
     own = _of({**_CONFIGS, "": {}}, architecture)
-    if architecture.startswith("Qwen3") and not architecture.startswith("Qwen3Moe"):
-        own = _CONFIGS["Qwen3"]
     config = model_class.config_class(
         **{**_WIDTHS, **own},
         vocab_size=len(tokenizer),

@@ -35,9 +35,13 @@ KERNEL_TESTS = "TestChunkedLogProbFunction"
 
 
 class Calls:
-    """How many trainers were fused, and how often either op was called."""
+    """How many trainers were fused, and how often either op was called.
 
-    fused = ours = trls = 0
+    ``early`` counts TRL's op while a trainer that will be fused is being built.
+    """
+
+    fused = ours = trls = early = 0
+    building = False
     through_ours: list[str] = []
 
 
@@ -138,7 +142,8 @@ def pytest_terminal_summary(terminalreporter):
     """Say how much went through either op."""
     terminalreporter.write_line(
         f"fuse: {Calls.fused} trainers; linear_token_logps: {Calls.ours} calls, in "
-        f"{len(Calls.through_ours)} tests; TRL's own: {Calls.trls} calls"
+        f"{len(Calls.through_ours)} tests; TRL's own: {Calls.trls} calls, and {Calls.early} before "
+        "fuse"
     )
 
 
@@ -170,7 +175,8 @@ def _count_calls():
     class Counted:
         @staticmethod
         def apply(*args, **kwargs):
-            Calls.trls += 1
+            Calls.trls += not Calls.building
+            Calls.early += Calls.building
             return function.apply(*args, **kwargs)
 
     ours.linear_token_logps, utils._ChunkedLogProbFunction = counted, Counted
@@ -186,7 +192,11 @@ def _fuse_trainers():
         trainer_class = getattr(trl, name)
 
         def fused_init(self, *args, init=trainer_class.__init__, **kwargs):
-            init(self, *args, **kwargs)
+            Calls.building = True
+            try:
+                init(self, *args, **kwargs)
+            finally:
+                Calls.building = False
             try:
                 fuse(self)
             except (ValueError, ModelError) as error:
