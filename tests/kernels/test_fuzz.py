@@ -635,7 +635,7 @@ BAD = {
         for name in ("row_chunk", "vocab_tile", "budget_bytes")
         for value in (0, -1, 1.5)
     ),
-    "group_sizes": (3, "ab", [2, 3], [7, -1], [6.0], [[6]], torch.tensor([6.0]), [True] * 6),
+    "group_sizes": (4, 0, "ab", [2, 3], [7, -1], [6.0], [[6]], torch.tensor([6.0]), [True] * 6),
 }
 
 
