@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocations import largest_allocation
 from tiny_models import tiny_model, tiny_tokenizer
 from training import SETTINGS, noise_kwargs, random_groups
 
@@ -15,21 +16,6 @@ from prefalign.references import snapshot_reference
 from prefalign.trainer import PreferenceTrainer
 
 VOCAB = 16384  # several vocabulary tiles, and N * V far above any activation or weight
-
-
-def largest_allocation(work):
-    """Run ``work`` and return the bytes of the largest block it asked the allocator for."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    sizes, events = [0], list(profile.profiler.kineto_results.experimental_event_tree())
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.name == "[memory]":
-            sizes.append(event.extra_fields.alloc_size)
-    return max(sizes)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocations import largest_allocation
 from tiny_models import tiny_model, tiny_tokenizer
 from trl_runs import PAIRS, EagerLogps, assert_same, build, logged, prompt_tuning
 
@@ -284,21 +285,6 @@ def test_dropout_on_the_heads_lora_is_refused_before_the_first_step(tmp_path):
 # Memory
 
 WIDE = 16384  # N * V is then far above any activation or weight
-
-
-def largest_allocation(work):
-    """Run ``work`` and return the bytes of the largest block it asked the allocator for."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    sizes, events = [0], list(profile.profiler.kineto_results.experimental_event_tree())
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.name == "[memory]":
-            sizes.append(event.extra_fields.alloc_size)
-    return max(sizes)
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO", "SFT"])
