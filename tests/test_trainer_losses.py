@@ -68,3 +68,16 @@ def test_a_loss_of_the_batch_does_not_depend_on_the_token_budget(tmp_path, name)
     (many, many_logs), (few, few_logs) = found
     assert many_logs == pytest.approx(few_logs, abs=1e-9)
     assert (many - few).abs().max() < 1e-9
+
+
+def test_compiled_it_is_the_same(tmp_path):
+    groups, found = random_groups(8), []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        settings = TrainingSettings(**{**vars(SETTINGS), "arguments": compiled, "max_tokens": 4096})
+        trainer, logs = train(tmp_path / str(len(found)), groups, settings=settings)
+        found.append((weights(trainer), [log["loss"] for log in logs if "loss" in log]))
+        assert trainer.args.torch_compile == bool(compiled)
+        assert (type(trainer.model_wrapped).__name__ == "OptimizedModule") == bool(compiled)
+    (plain, losses), (compiled, again) = found
+    assert again == pytest.approx(losses, abs=1e-6)
+    assert (plain - compiled).abs().max() < 1e-5
