@@ -13,7 +13,7 @@ from .objectives import Term, loss_names, needs_reference, resolve
 NOISE_AWARE = "noise_aware"
 
 
-def check_pair_bounds(cu_seqlens: Tensor, like: tuple[str, Tensor]) -> int:
+def check_pair_bounds(cu_seqlens: Tensor, like: tuple[str, Tensor] | None) -> int:
     """Check the type and shape of ``cu_seqlens`` and return B."""
     check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, like=like)
     if cu_seqlens.shape[0] % 2 == 0:

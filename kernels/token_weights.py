@@ -18,20 +18,14 @@ import torch
 from torch import Tensor
 
 from ._common import INTEGERS, check_number, check_tensor, compute_dtype
+from ._loss_arguments import check_pair_bounds
 from .plan import check_int
 from .sequence_logps import _check_spans, sequence_logps
 
 
 def _check_pairs(cu_seqlens: Tensor, tokens: int, like: tuple[str, Tensor] | None) -> None:
     """Check ``cu_seqlens`` of pairs: its values on a CPU alone, since elsewhere that is a sync."""
-    check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, like=like)
-    size = cu_seqlens.shape[0]
-    if size % 2 == 0:
-        raise ValueError(
-            "cu_seqlens: expected [2B + 1], a chosen and a rejected sequence for each pair, "
-            f"got {size} elements"
-        )
-    if size == 1 and tokens:
+    if not check_pair_bounds(cu_seqlens, like) and tokens:
         raise ValueError(f"cu_seqlens: expected sequences that hold {tokens} tokens, got none")
     if not torch.compiler.is_compiling():
         _check_spans(cu_seqlens, tokens)
