@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import trl
+import trl_runs
 from tiny_models import tiny_model, tiny_tokenizer
 from trl_runs import PAIRS, EagerLogps, logged
 
@@ -29,18 +30,7 @@ SCORED = [
     {**row, "chosen_reward": (i % 4) / 4, "rejected_reward": 0.3 * (i % 2)}
     for i, row in enumerate(PAIRS)
 ]
-ARGUMENTS = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "save_strategy": "no",
-    "learning_rate": 1e-3,
-    "bf16": False,
-    "disable_tqdm": True,
-    "train_sampling_strategy": "sequential",
-}
+ARGUMENTS = trl_runs.ARGUMENTS | {"train_sampling_strategy": "sequential"}
 NOISE = {"noise_alpha": 0.3, "noise_alpha_warmup": 0.4, "noise_quantile": 0.4, "noise_window": 8}
 TRAINERS = {
     "noise": (NoiseAwareDPOTrainer, NoiseAwareDPOConfig, NOISE, PAIRS),

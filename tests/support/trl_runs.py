@@ -6,6 +6,17 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
+ARGUMENTS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "save_strategy": "no",
+    "learning_rate": 1e-3,
+    "bf16": False,
+    "disable_tqdm": True,
+}
 PAIRS = [
     {
         "prompt": f"Question {i}?",
@@ -77,15 +88,7 @@ def build(kind, folder, *, model="llama", changes=None, dtype=None, trainer_clas
     config = getattr(trl, f"{kind}Config")(
         **{
             "output_dir": str(folder),
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "logging_steps": 1,
-            "report_to": "none",
-            "use_cpu": True,
-            "save_strategy": "no",
-            "learning_rate": 1e-3,
-            "bf16": False,
-            "disable_tqdm": True,
+            **ARGUMENTS,
             "seed": 3,
             **settings,
         }
